@@ -1,0 +1,1 @@
+"""Model + plan -> a new, smaller model."""

@@ -1,0 +1,106 @@
+"""Apply a plan: a copy of the model whose tensors are cut and whose attributes tell the truth again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrim.core.plan import Cut, PruningPlan
+from attrim.errors import InputError, PlanError
+from attrim.modules.names import NamedTensors, fingerprint, named_tensors
+from attrim.modules.repair import REPAIRS, Repair, read_attribute, repair_attributes, write_attribute
+from attrim.modules.skeleton import copy_with
+
+__all__ = ["apply", "cut_tensor"]
+
+
+def apply(
+    model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Module], Repair] | None = None
+) -> nn.Module:
+    """A smaller copy of ``model``: every tensor that the plan names keeps only its listed positions.
+
+    dtype, device, memory format, ``requires_grad``, ties between tensors, the train flag and hooks of the copy are kept;
+    widths stated in attributes (``out_channels``, ``num_heads``, …) are repaired. Needs no tracing and no data.
+
+    Args:
+        model: the model that the plan was made for (any instance of it). Never changed.
+        plan: what stays.
+        repairs: extra or other attribute repairs by module type, on top of torch's own.
+
+    Raises:
+        PlanError: the plan was made for another model; the first differing tensor is named.
+
+    Example:
+        >>> small = attrim.apply(model, plan)
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module to cut, found {type(model).__name__}.")
+    named = named_tensors(model)
+    _check_fit(named, plan)
+    new = {name: cut_tensor(named.tensors[name], cut) for name, cut in plan.cuts.items()}
+    small = copy_with(model, named, new)
+    keep = {name: cut.keep for name, cut in plan.cuts.items()}
+    repair_attributes(small, keep, named.aliases, {**REPAIRS, **(repairs or {})})
+    _write_attributes(small, plan)
+    return small
+
+
+def cut_tensor(tensor: Tensor, cut: Cut) -> Tensor:
+    """The kept positions of ``tensor`` as a new tensor of the same kind (parameter or not, memory format, flags)."""
+    kept = tensor.detach()
+    for dim, indices in cut.keep.items():
+        kept = kept.index_select(dim, torch.tensor(indices, device=tensor.device))
+    kept = kept.to(memory_format=_memory_format(tensor), copy=not cut.keep)
+    if not isinstance(tensor, nn.Parameter):
+        return kept
+    parameter = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+    parameter.__dict__.update(tensor.__dict__)
+    return parameter
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if tensor.ndim == 5 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _check_fit(named: NamedTensors, plan: PruningPlan) -> None:
+    shapes = named.shapes
+    for name, cut in plan.cuts.items():
+        if name not in shapes:
+            raise PlanError(
+                f"the plan was made for another model: it cuts '{name}' {cut.shape_before}, and this model has no such "
+                "tensor. Trace this model and allocate again."
+            )
+        if shapes[name] != tuple(cut.shape_before):
+            raise PlanError(
+                f"the plan was made for another model: '{name}' had shape {tuple(cut.shape_before)}, here it has "
+                f"{shapes[name]}. Apply the plan to a fresh, uncut instance, or trace this model and allocate again."
+            )
+    if plan.fingerprint and plan.fingerprint != fingerprint(shapes):
+        raise PlanError(
+            f"the plan was made for another model: all tensors that it cuts fit, but the model's fingerprint is "
+            f"{fingerprint(shapes)} and the plan's is {plan.fingerprint}, so other tensors differ. Build the model with the "
+            "same arguments, or trace this model and allocate again."
+        )
+
+
+def _write_attributes(small: nn.Module, plan: PruningPlan) -> None:
+    for path, cuts in plan.attributes.items():
+        try:
+            module: Any = small.get_submodule(path)
+        except AttributeError as error:
+            raise PlanError(f"the plan changes attributes of module '{path}', which this model does not have.") from error
+        for name, change in cuts.items():
+            found = read_attribute(module, name)
+            if found not in (change.before, change.after):  # equal to `after` where the type's own repair came first
+                raise PlanError(
+                    f"the plan sets '{path}.{name}' from {change.before} to {change.after}, but it is {found} here: "
+                    "the plan was made for a model with other arguments."
+                )
+            write_attribute(module, name, change.after)
