@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrim.errors import CriterionError, DataError
+from attrim.errors import AttrimError, CriterionError, DataError
 from attrim.modules.batches import Batch, batch_source, device_of, read_batch, run_batch
 from attrim.modules.names import named_tensors
 from attrim.modules.progress import progress
@@ -89,6 +89,8 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     """
     try:
         return run_batch(model, batch)
+    except AttrimError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:
         shapes = [tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
         names = f" named {', '.join(batch.kwargs)}" if batch.kwargs else ""

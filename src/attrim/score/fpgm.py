@@ -27,7 +27,7 @@ def fpgm(
 
     The channel with the smallest sum lies nearest the geometric median of all filters, so the others represent it best.
 
-    Source: He et al., Filter Pruning via Geometric Median, CVPR 2019, equations 5 to 8, for the filters of one layer;
+    Source: He et al., Filter Pruning via Geometric Median, CVPR 2019, for the filters of one layer;
     the reduction over the members of a tied group is our reading.
 
     Args:

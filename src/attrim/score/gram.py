@@ -17,6 +17,9 @@ __all__ = ["ConsumerGram", "Form", "Hessian"]
 Hessian = Literal["gram", "diagonal"]
 Form = Literal["channel", "patch"]
 
+_CONSTANT = 1e-6
+"""An input whose variance is less than this share of its mean square does not vary: what is left is rounding."""
+
 _CHUNK = 1 << 24
 """Most elements of an unfolded input that are held at once."""
 
@@ -73,7 +76,7 @@ class ConsumerGram:
         """``½ tr W_c B_c W_cᵀ`` for each channel; shape ``(size,)``, float64 on the CPU.
 
         ``B_c`` is the inverse of the channel's block of H⁻¹, or the channel's diagonal of H. A channel whose inputs are
-        all zero gets exactly 0.
+        all zero (when centred: all equal) gets exactly 0.
 
         Args:
             index: shape ``(size, k)``; each channel's positions along the contracted axis.
@@ -83,15 +86,15 @@ class ConsumerGram:
         """
         moments = self._moments(samples, centred)
         if self._spread:
-            return self._spread_saliency(moments, index, damping)
+            return self._spread_saliency(moments, index, damping, samples)
         columns = torch.from_numpy(index).to(self._device)
         columns = (columns[:, :, None] * self._taps + torch.arange(self._taps, device=self._device)).flatten(1)
-        return self._by_columns(moments, columns, damping).sum(0).cpu()
+        return self._by_columns(moments, columns, damping, samples).sum(0).cpu()
 
-    def _spread_saliency(self, moments: Tensor, index: IntArray, damping: float) -> Tensor:
+    def _spread_saliency(self, moments: Tensor, index: IntArray, damping: float, samples: int) -> Tensor:
         """A transposed convolution with groups: its axis runs through all blocks, which do not interact."""
         each = torch.arange(moments.shape[1], device=self._device)[:, None]
-        single = self._by_columns(moments, each, damping).flatten()
+        single = self._by_columns(moments, each, damping, samples).flatten()
         return single[torch.from_numpy(index).to(self._device)].sum(1).cpu()
 
     def _moments(self, samples: int, centred: bool) -> Tensor:
@@ -101,27 +104,31 @@ class ConsumerGram:
         outer = mean[:, :, None] * mean[:, None, :] if self.hessian == "gram" else mean.square()
         return (self._second - self._count * outer) / samples
 
-    def _by_columns(self, moments: Tensor, columns: Tensor, damping: float) -> Tensor:
+    def _by_columns(self, moments: Tensor, columns: Tensor, damping: float, samples: int) -> Tensor:
         """Saliency of removing ``columns[c]`` together; ``(blocks, size)``."""
         weight = self.weight.to(self._device, torch.float64)[:, :, columns].permute(0, 2, 3, 1)
-        energy = moments.diagonal(dim1=1, dim2=2) if self.hessian == "gram" else moments
+        energy = self._diagonal(moments)
         if self.hessian == "diagonal":
             return 0.5 * (weight.square().sum(3) * energy[:, columns]).sum(2)
-        inverse = _inverse(moments, damping * energy.mean(1), self.tensor)
+        dead = energy <= _CONSTANT * self._diagonal(self._second) / samples
+        inverse = _inverse(moments, damping * energy.mean(1, keepdim=True) + dead.double(), self.tensor)
         block = inverse[:, columns[:, :, None], columns[:, None, :]]
         if columns.shape[1] == 1:
             value = weight.square().sum((2, 3)) / block.flatten(2).squeeze(2)
         else:
             value = (weight * torch.linalg.solve(block, weight)).sum((2, 3))
-        return torch.where(energy[:, columns].amax(2) > 0, 0.5 * value, 0.0)
+        return torch.where(dead[:, columns].all(2), 0.0, 0.5 * value)
+
+    def _diagonal(self, moments: Tensor) -> Tensor:
+        return moments.diagonal(dim1=1, dim2=2) if self.hessian == "gram" else moments
 
 
 def _inverse(moments: Tensor, ridge: Tensor, tensor: str) -> Tensor:
-    """``(H + ridge I)⁻¹`` of each block; blocks without any input have no inverse and get the identity."""
-    eye = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
-    ridge = torch.where(moments.diagonal(dim1=1, dim2=2).amax(1) > 0, ridge, torch.ones_like(ridge))
-    factor, failed = torch.linalg.cholesky_ex(moments + ridge[:, None, None] * eye)
-    if bool(failed.any()):
+    """``(H + diag(ridge))⁻¹`` of each block; ``ridge`` has shape ``(blocks, width)``."""
+    factor, failed = torch.linalg.cholesky_ex(moments + torch.diag_embed(ridge))
+    pivots = factor.diagonal(dim1=1, dim2=2).square()
+    rounding = torch.finfo(torch.float64).eps * pivots.shape[1] * pivots.amax(1)
+    if bool((failed.ne(0) | (pivots.amin(1) <= rounding)).any()):
         raise CriterionError(
             f"the Gram matrix of the inputs of '{tensor}' is singular: there are fewer samples than channels, or "
             "channels repeat each other. Give more data or a larger damping (the default is damping=1e-3)."

@@ -35,7 +35,7 @@ def hrank(
     A map of shape (H, W) is a matrix; maps with more dimensions are flattened to (rest, W). The rank is numerical, with
     the tolerance of ``torch.linalg.matrix_rank``.
 
-    Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020, equation 4 and section 3.3 (500
+    Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020 (500
     images). The tap after the activation, and the mean over the taps of a tied group, are our reading.
 
     Fallback ``energy``: a channel of a linear layer, of a token layout (N, T, C), of a 1-d signal, or with a map of one

@@ -26,7 +26,7 @@ def lamp(
     The strongest channel of every group gets 1. This function returns ``‖w_c‖²``; the quotient is the normalisation
     ``lamp``, which this criterion uses unless another one is asked for.
 
-    Source: Lee et al., Layer-Adaptive Sparsity for the Magnitude-Based Pruning, ICLR 2021, equation 2, for single
+    Source: Lee et al., Layer-Adaptive Sparsity for the Magnitude-Based Pruning, ICLR 2021 (the LAMP score), for single
     weights. Putting a channel's squared norm, summed over the group's members, in place of a squared weight is our
     reading.
     """

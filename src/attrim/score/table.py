@@ -79,7 +79,7 @@ _ALL = (
         True,
         "first-order change of the loss without the channel",
         "Molchanov et al., CVPR 2019",
-        requires="a weight that the loss depends on",
+        requires="a weight that the loss depends on (no no_grad or detach on the way)",
         normalize="none",
     ),
     Criterion(

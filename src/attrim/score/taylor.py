@@ -46,8 +46,8 @@ def taylor(
     members is the first-order change of the loss by definition, tied groups included. It equals the derivative with
     respect to a gate on the channel.
 
-    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, equation 8 and section 3.2
-    (``power=2``, one value per mini-batch, then the mean). Reading the consumers in place of the filter or a batch-norm
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019: the first-order criterion
+    of a gate, (∂L/∂z)² = (Σ w ∂L/∂w)², averaged over mini-batches. Reading the consumers in place of the filter or a batch-norm
     gate is our reading; ``roles=("scale", "shift")`` is the paper's gate, ``roles=("out",)`` its filter.
 
     Args:
@@ -143,13 +143,10 @@ def _gradients(model: nn.Module, batch: Batch, wanted: Mapping[str, Tensor], los
         raise CriterionError(f"loss: expected one number per batch (a scalar tensor), found {found}.")
     if not bool(torch.isfinite(value)):
         raise CriterionError(
-            f"the loss of a batch is {float(value)}: look for NaN in the data, or for a loss that overflows."
+            f"the loss of a batch is {value.item()}: look for NaN in the data, or for a loss that overflows."
         )
     if not value.requires_grad:
-        raise CriterionError(
-            "the loss does not depend on the weights: the model's forward runs under no_grad or detaches its outputs. "
-            "Criterion 'obs' and the weight criteria need no gradient."
-        )
+        return {}
     grads = torch.autograd.grad(value.reshape(()), list(wanted.values()), allow_unused=True)
     return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
