@@ -62,7 +62,7 @@ def test_it_can_be_silenced(terminal) -> None:
 def test_the_bar_is_gone_after_an_error_and_when_left_early(terminal) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            list(1 // (1 - i) for i in progress(range(3), "x"))
+            [1 // (1 - i) for i in progress(range(3), "x")]
         going = progress(range(3), "y")
         next(going)
         going.close()

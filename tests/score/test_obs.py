@@ -115,6 +115,7 @@ def test_a_channel_with_several_columns_goes_at_once(build) -> None:
     assert torch.allclose(obs(model, channels, [x], hessian="diagonal", **EXACT), diagonal, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(
     "window",
     [

@@ -47,8 +47,9 @@ def taylor(
     respect to a gate on the channel.
 
     Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019: the first-order criterion
-    of a gate, (∂L/∂z)² = (Σ w ∂L/∂w)², averaged over mini-batches. Reading the consumers in place of the filter or a batch-norm
-    gate is our reading; ``roles=("scale", "shift")`` is the paper's gate, ``roles=("out",)`` its filter.
+    of a gate, (∂L/∂z)² = (Σ w ∂L/∂w)², averaged over mini-batches. Reading the consumers in place of
+    the filter or a batch-norm gate is our reading; ``roles=("scale", "shift")`` is the paper's gate, ``roles=("out",)``
+    its filter.
 
     Args:
         roles: whose weights count. Where no member plays them, the producers stand in: ``("out", "shift", "param")``.

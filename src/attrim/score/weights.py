@@ -64,7 +64,7 @@ def l2(
 ) -> dict[str, Tensor]:
     """``sqrt(Σ w²)`` over a channel's weights in each member that plays one of ``roles``, then the reduction.
 
-    Source: He et al., Soft Filter Pruning, IJCAI 2018 (its filter norm with p = 2), for one filter; groups as in :func:`l1`.
+    Source: He et al., Soft Filter Pruning, IJCAI 2018 (the filter norm with p = 2); groups as in :func:`l1`.
 
     Args:
         roles: as in :func:`l1`.
