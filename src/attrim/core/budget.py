@@ -89,7 +89,9 @@ class Budget:
             raise BudgetError(f"multiple_of: expected an int >= 1, found {multiple!r}.")
         frozen: Any = self.frozen
         if isinstance(frozen, str):
-            raise BudgetError(f"frozen: expected a tuple of globs, found the string {frozen!r}. Write frozen=({frozen!r},).")
+            raise BudgetError(
+                f"frozen: expected a tuple of globs, found the string {frozen!r}. Write frozen=({frozen!r},)."
+            )
         object.__setattr__(self, "frozen", tuple(frozen))
         if self.scope not in get_args(Scope):
             raise BudgetError(f"scope: expected one of {', '.join(get_args(Scope))}, found {self.scope!r}.")

@@ -221,9 +221,7 @@ class ChannelMap:
             (g.id, str(g.size), str(len(g.members)), "yes" if g.exact else "no: " + "; ".join(g.effects)) for g in self
         ]
         width = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            f"{a:<{width[0]}}  {b:>{width[1]}}  {c:>{width[2]}}  {d}" for a, b, c, d in rows
-        ]
+        lines = [f"{a:<{width[0]}}  {b:>{width[1]}}  {c:>{width[2]}}  {d}" for a, b, c, d in rows]
         lines += ["", "pinned:"] if self.pinned else []
         lines += [f"  {pin.axis} ({len(pin.positions)} of {pin.size}): {pin.reason}" for pin in self.pinned]
         return "\n".join(lines)

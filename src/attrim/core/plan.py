@@ -99,7 +99,9 @@ class PruningPlan:
             PlanError: the layout is wrong (the entry is named) or the version is newer than this attrim.
         """
         if not isinstance(data, dict) or "version" not in data or "cuts" not in data:
-            raise PlanError(f"{source}: expected a plan (a JSON object with 'version' and 'cuts'), found {_short(data)}.")
+            raise PlanError(
+                f"{source}: expected a plan (a JSON object with 'version' and 'cuts'), found {_short(data)}."
+            )
         if not isinstance(data["version"], int) or data["version"] < 1:
             raise PlanError(f"{source}: expected a version number from 1 to {PLAN_VERSION}, found {data['version']!r}.")
         if data["version"] > PLAN_VERSION:

@@ -1,0 +1,1 @@
+"""Scores + cost + budget -> plan. Pure: nothing here ever sees an ``nn.Module``."""

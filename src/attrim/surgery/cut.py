@@ -17,9 +17,7 @@ from attrim.modules.skeleton import copy_with
 __all__ = ["apply", "cut_tensor"]
 
 
-def apply(
-    model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Module], Repair] | None = None
-) -> nn.Module:
+def apply(model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Module], Repair] | None = None) -> nn.Module:
     """A smaller copy of ``model``: every tensor that the plan names keeps only its listed positions.
 
     dtype, device, memory format, ``requires_grad``, ties between tensors, the train flag and hooks of the copy are kept;
@@ -95,7 +93,9 @@ def _write_attributes(small: nn.Module, plan: PruningPlan) -> None:
         try:
             module: Any = small.get_submodule(path)
         except AttributeError as error:
-            raise PlanError(f"the plan changes attributes of module '{path}', which this model does not have.") from error
+            raise PlanError(
+                f"the plan changes attributes of module '{path}', which this model does not have."
+            ) from error
         for name, change in cuts.items():
             found = read_attribute(module, name)
             if found not in (change.before, change.after):  # equal to `after` where the type's own repair came first

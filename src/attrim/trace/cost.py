@@ -1,0 +1,92 @@
+"""Compile the counted products of a run, and the parameters, into a cost model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from attrim.core.cost import CostModel, IntArray, Terms, WidthTable
+from attrim.modules.names import NamedTensors
+from attrim.trace.labels import LabelSpace, Recorder
+from attrim.trace.partition import Partition
+
+__all__ = ["compile_cost", "linear_form"]
+
+
+def linear_form(vector: IntArray, parts: Partition) -> tuple[int, list[tuple[int, int]]]:
+    """Surviving positions of a label vector as ``fixed + Σ multiplicity · kept``: (fixed, [(group, multiplicity)])."""
+    counts = np.bincount(parts.group_of[vector] + 1, minlength=1)
+    groups = np.flatnonzero(counts[1:])
+    return int(counts[0]), [(int(g), int(counts[g + 1] // parts.sizes[g])) for g in groups]
+
+
+class _Compiler:
+    """Collects widths and terms; width 0 is the constant 1 that pads short products."""
+
+    def __init__(self, parts: Partition) -> None:
+        self.parts = parts
+        self.fixed: list[int] = [1]
+        self.row: list[int] = []
+        self.group: list[int] = []
+        self.multiplicity: list[int] = []
+        self.known: dict[tuple[int, int, int], int | None] = {}
+        self.kept_alive: list[IntArray] = []
+
+    def width(self, vector: IntArray) -> int | None:
+        """The number of this axis' width; None if it never changes."""
+        key = (id(vector), int(vector[0]), len(vector))
+        if vector[0] > 0 and vector[-1] - vector[0] == len(vector) - 1:
+            key = (0, int(vector[0]), len(vector))  # an axis of a tensor: the same under any array object
+        else:
+            self.kept_alive.append(vector)  # an id is only a name while its array lives
+        if key not in self.known:
+            fixed, entries = linear_form(vector, self.parts)
+            self.known[key] = len(self.fixed) if entries else None
+            if entries:
+                for g, count in entries:
+                    self.row.append(len(self.fixed))
+                    self.group.append(g)
+                    self.multiplicity.append(count)
+                self.fixed.append(fixed)
+        return self.known[key]
+
+    def term(self, coefficient: int, vectors: list[IntArray]) -> tuple[int, list[int]]:
+        widths = []
+        for vector in vectors:
+            width = self.width(vector)
+            if width is None:
+                coefficient *= len(vector)
+            else:
+                widths.append(width)
+        return coefficient, widths
+
+    def terms(self, items: list[tuple[int, list[int]]]) -> Terms:
+        merged: dict[tuple[int, ...], int] = {}
+        for coefficient, widths in items:
+            key = tuple(sorted(widths))
+            merged[key] = merged.get(key, 0) + coefficient
+        longest = max((len(k) for k in merged), default=0) or 1
+        factors = np.zeros((len(merged), longest), np.int64)
+        for i, key in enumerate(merged):
+            factors[i, : len(key)] = key
+        return Terms(np.asarray(list(merged.values()), np.int64), factors)
+
+
+def compile_cost(
+    named: NamedTensors, space: LabelSpace, book: Recorder, parts: Partition, ids: tuple[str, ...]
+) -> CostModel:
+    """One term per counted product and per parameter; equal products are merged."""
+    compiler = _Compiler(parts)
+    macs = [compiler.term(term.coefficient, list(term.factors)) for term in book.costs]
+    axes: dict[str, list[IntArray]] = {}
+    for axis, start, size in zip(space.axes, space.start, space.size, strict=True):
+        axes.setdefault(axis.tensor, []).append(np.arange(start, start + size))
+    params = []
+    for name in sorted(named.parameters):
+        vectors = axes.get(name, [])
+        rest = named.tensors[name].numel() // math.prod(len(v) for v in vectors) if named.tensors[name].numel() else 0
+        params.append(compiler.term(rest, vectors))
+    mac_terms, param_terms = compiler.terms(macs), compiler.terms(params)
+    arrays = [np.asarray(a, np.int64) for a in (compiler.fixed, compiler.row, compiler.group, compiler.multiplicity)]
+    return CostModel(ids, parts.sizes.astype(np.int64), WidthTable(*arrays), mac_terms, param_terms)

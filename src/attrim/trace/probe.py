@@ -1,0 +1,202 @@
+"""Probing: cut a random part of every group, run the cut copy, and find the first operator that goes astray.
+
+A trace sees what a network did with one set of widths. Whether a size was computed, read from an attribute or written as a
+constant shows only when a width changes. So a copy with random cuts (different counts in every group) is run on fake
+tensors with the survivors' units as labels; the first operator whose result differs from the recorded one, survivors only,
+is the place. Its site moves on to the next option; where there is none, the channels involved are pinned with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from attrim.core.channels import Reason
+from attrim.core.cost import IntArray
+from attrim.errors import TraceError
+from attrim.trace.capture import Analysis, Pins, record
+from attrim.trace.labels import Checker, LabelSpace, Value
+from attrim.trace.run import Engine, Run
+from attrim.trace.tracer import SiteKey
+
+__all__ = ["Alive", "Astray", "coherence", "first_difference", "settle"]
+
+Alive = npt.NDArray[np.bool_]
+"""label -> stays."""
+
+_LIMIT = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Astray:
+    """The first operator of a pruned network that does not do what it did."""
+
+    op: int
+    reason: Reason
+
+
+def settle(engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntArray | None]]) -> Analysis:
+    """Record and probe until a randomly cut copy runs coherently."""
+    decisions: dict[SiteKey, int] = {}
+    extra: Pins = []
+    for _ in range(_LIMIT):
+        analysis = record(engine, space, labels, decisions, extra)
+        if not analysis.tracer.sites:
+            return analysis
+        astray = coherence(analysis, random_cut(analysis))
+        if astray is None:
+            return analysis
+        if not _advance(analysis, decisions, astray.op):
+            extra += _culprits(analysis, astray)
+    raise TraceError(f"tracing did not settle after {_LIMIT} probes; last: {astray.reason if astray else ''}.")
+
+
+def random_cut(analysis: Analysis, groups: Sequence[int] | None = None) -> Alive:
+    """label -> stays, with a random half at most of every group (or of ``groups``) gone, in different counts."""
+    parts = analysis.parts
+    rng = np.random.default_rng(0)
+    alive_label = np.ones(len(parts.units), bool)
+    start = np.concatenate([[0], np.cumsum(parts.sizes)])
+    stays = np.ones(int(start[-1]), bool)
+    for g, size in enumerate(parts.sizes.tolist()):
+        count = int(rng.integers(1, size // 2 + 1))
+        gone = rng.permutation(size)[:count]
+        if groups is None or g in groups:
+            stays[start[g] + gone] = False
+    held = parts.group_of >= 0
+    alive_label[held] = stays[start[parts.group_of[held]] + parts.channel_of[held]]
+    return alive_label
+
+
+def coherence(analysis: Analysis, alive: Alive) -> Astray | None:
+    """Run a cut copy; None if every operator did on the survivors what it did on the whole."""
+    units = analysis.parts.units
+    keep: dict[str, dict[int, IntArray]] = {}
+    carried: dict[str, list[IntArray | None]] = {}
+    for name, vectors in analysis.labels.items():
+        carried[name] = []
+        for d, vector in enumerate(vectors):
+            if vector is None:
+                carried[name].append(None)
+                continue
+            stays = alive[vector]
+            if not stays.all():
+                keep.setdefault(name, {})[d] = np.flatnonzero(stays)
+            kept = units[vector[stays]]
+            carried[name].append(kept if kept.any() else None)
+    attributes = analysis.attributes_at(alive)
+    try:
+        run = analysis.engine.run(
+            Checker(), carried, analysis.tracer.decisions, keep, attributes, guide=analysis.tracer
+        )
+    except Exception as error:  # an attribute table that refuses the cut
+        return Astray(len(analysis.tracer.steps), Reason(f"{type(error).__name__}: {error}"))
+    return first_difference(analysis, run, alive, units)
+
+
+def first_difference(analysis: Analysis, run: Run, alive: Alive, units: IntArray) -> Astray | None:
+    """The first operator at which a run of a cut network departs from the recorded run of the whole one."""
+    tracer = run.tracer
+    assert isinstance(tracer.book, Checker)
+    found: list[Astray] = [Astray(c.op, c.reason) for c in tracer.book.conflicts[:1]]
+    if run.failure is not None:
+        found.append(Astray(run.failure.op, run.failure.reason))
+    for op, ((name, was, _), (now_name, now, _)) in enumerate(zip(analysis.tracer.steps, tracer.steps, strict=False)):
+        if name != now_name or len(was) != len(now):
+            break  # another course of operators; ties still watch over it
+        if any(_differs(before, after, units, alive) for before, after in zip(was, now, strict=True)):
+            found.append(Astray(op, _reason_at(analysis, op, "takes other positions once a width has changed")))
+            break
+    return min(found, key=lambda a: a.op) if found else None
+
+
+def _differs(
+    before: tuple[tuple[int, ...], Value],
+    after: tuple[tuple[int, ...], Value],
+    units: IntArray,
+    alive: Alive,
+) -> bool:
+    (shape, value), (new_shape, new_value) = before, after
+    if len(shape) != len(new_shape):
+        return True
+    for d, vector in enumerate(value.axes):
+        if vector is None:
+            if shape[d] != new_shape[d] and not value.uniform:
+                return True
+            continue
+        expected = units[vector[alive[vector]]]
+        if len(expected) != new_shape[d]:
+            return True
+        actual = new_value.axes[d]
+        if actual is None:
+            if expected.any():
+                return True
+        elif len(actual) != len(expected) or (actual != expected).any():
+            return True
+    return False
+
+
+def _reason_at(analysis: Analysis, op: int, text: str) -> Reason:
+    return Reason(text, *analysis.tracer.places[op])
+
+
+def _advance(analysis: Analysis, decisions: dict[SiteKey, int], op: int) -> bool:
+    """Move the sites at an operator on, the last decided first, like an odometer; pinning comes after all else."""
+    sites = analysis.tracer.sites.get(op, [])
+    if not sites:
+        return False
+    for key, options in reversed(sites):
+        current = decisions.get(key, 0)
+        if current < options - 2:
+            decisions[key] = current + 1
+            return True
+        if current == options - 1:
+            return False
+        decisions[key] = 0
+    for key, options in sites:
+        decisions[key] = options - 1
+    return True
+
+
+def _culprits(analysis: Analysis, astray: Astray) -> Pins:
+    """Labels to pin: those that meet at the operator, else the smallest set of groups that makes it fail."""
+    parts = analysis.parts
+    if astray.op < len(analysis.tracer.steps):
+        _, outs, known = analysis.tracer.steps[astray.op]
+        vectors = [v for value in (*known, *(value for _, value in outs)) for v in value.axes if v is not None]
+        involved = np.unique(np.concatenate([np.zeros(0, np.int64), *vectors]))
+        involved = involved[parts.group_of[involved] >= 0]
+        if involved.size:
+            groups = np.unique(parts.group_of[involved]).tolist()
+            if coherence(analysis, random_cut(analysis, groups)) is not None:
+                return [(_labels_of(analysis, groups, involved), _cannot(astray))]
+    groups = _smallest_failing(analysis)
+    return [(_labels_of(analysis, groups), _cannot(astray))]
+
+
+def _labels_of(analysis: Analysis, groups: Sequence[int], only: IntArray | None = None) -> IntArray:
+    if only is not None:
+        return only
+    return np.flatnonzero(np.isin(analysis.parts.group_of, np.asarray(groups)))
+
+
+def _cannot(astray: Astray) -> Reason:
+    r = astray.reason
+    return Reason(f"the network does not run with a smaller width: {r.text}", r.operator, r.module, r.source)
+
+
+def _smallest_failing(analysis: Analysis) -> list[int]:
+    """Bisect the groups: halves that fail alone are followed; where only both together fail, all of them are named."""
+    groups = list(range(len(analysis.parts.sizes)))
+    while len(groups) > 1:
+        half = len(groups) // 2
+        for part in (groups[:half], groups[half:]):
+            if coherence(analysis, random_cut(analysis, part)) is not None:
+                groups = part
+                break
+        else:
+            return groups
+    return groups

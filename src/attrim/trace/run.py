@@ -1,0 +1,247 @@
+"""One labelled run: a copy of the model with labelled tensors, under a dispatch mode that applies the operator rules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attrim.core.channels import Reason
+from attrim.core.cost import IntArray
+from attrim.modules.names import NamedTensors, named_tensors
+from attrim.modules.repair import repair_attributes, write_attribute
+from attrim.modules.skeleton import copy_with
+from attrim.trace.call import Call
+from attrim.trace.inputs import Example, map_tensors, outputs_of
+from attrim.trace.labels import Checker, Recorder, Value
+from attrim.trace.rules import RULES, Rule
+from attrim.trace.rules.pointwise import pointwise, silent
+from attrim.trace.tracer import SiteKey, Tracer
+from attrim.trace.where import call_site
+
+__all__ = ["Engine", "Failure", "LabelMode", "Run", "labelled_call"]
+
+Mask = Callable[[Call, Tracer], tuple[Sequence[Any], Mapping[str, Any]]]
+
+
+@dataclass(slots=True)
+class Failure:
+    """A run that raised: the error and the place."""
+
+    error: Exception
+    op: int
+    reason: Reason
+
+
+@dataclass(slots=True)
+class Run:
+    """A finished or failed labelled run."""
+
+    tracer: Tracer
+    outputs: list[Tensor] = field(default_factory=list)
+    failure: Failure | None = None
+
+
+class LabelMode(TorchDispatchMode):
+    """Runs every operator as usual, then lets its rule carry the labels across."""
+
+    def __init__(self, tracer: Tracer, mask: Mask | None = None) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.mask = mask
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        t = self.tracer
+        name, rule = _rule_of(func)
+        call = Call(func, name, args, kwargs or {})
+        t.op += 1
+        t.operator = str(func).removesuffix(".default")
+        t.lines = call_site()
+        if isinstance(t.book, Checker):
+            t.book.op = t.op
+        known = [t.value(x) for x in call.inputs]
+        if self.mask is not None:
+            args, kwargs = self.mask(call, t)
+        call.out = func(*args, **(kwargs or {}))
+        if rule is not None:
+            rule(t, call)
+        else:
+            _unknown(t, call, known)
+        t.steps.append((name, [(tuple(o.shape), t.value(o)) for o in call.outputs], known))
+        t.places.append((t.operator, t.stack[-1][0] if t.stack else "", str(t.lines)))
+        return call.out
+
+
+def _unknown(t: Tracer, call: Call, known: Sequence[Value]) -> None:
+    t.pin_all(known, f"no rule for operator {call.func}")
+    for out in call.outputs:
+        t.set(out, (None,) * out.ndim, any(v.live for v in known))
+
+
+_CACHE: dict[Any, tuple[str, Rule | None]] = {}
+
+
+def _rule_of(func: Any) -> tuple[str, Rule | None]:
+    found = _CACHE.get(func)
+    if found is None:
+        namespace, _, name = func._schema.name.partition("::")
+        base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        rule = RULES.get(base) if namespace == "aten" else silent if namespace == "prim" else None
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = pointwise
+        found = _CACHE[func] = (base, rule)
+    return found
+
+
+@contextmanager
+def _module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Keep ``tracer.stack`` equal to the modules being run, and note each module's output as a tap."""
+    paths = {id(m): path for path, m in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        parent = tracer.stack[-1][0] if tracer.stack else ""
+        tracer.stack.append((paths.get(id(module), parent), module))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        path, _ = tracer.stack.pop()
+        if isinstance(out, Tensor) and not any(True for _ in module.children()):
+            tracer.taps.append((path, module, tracer.value(out)))
+
+    handles = (
+        module_hooks.register_module_forward_pre_hook(enter),
+        module_hooks.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Switch off fused inference kernels that would hide structure (attention fast path, one-piece LSTM)."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with ExitStack() as stack:
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            with warnings.catch_warnings():  # restoring its tf32 flag warns on machines without that hardware
+                warnings.simplefilter("ignore")
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                stack.close()
+
+
+def labelled_call(
+    model: nn.Module, example: Example, tracer: Tracer, fake: FakeTensorMode | None, mask: Mask | None = None
+) -> Run:
+    """Run ``model`` (attrim's own copy) with labels; an error inside is returned, not raised."""
+    run = Run(tracer)
+    model.eval()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_plain_kernels(model))
+        stack.enter_context(_module_stack(model, tracer))
+        if fake is not None:
+            stack.enter_context(fake)
+        try:
+            with LabelMode(tracer, mask):
+                result = model(*example.args, **example.kwargs)
+            run.outputs = outputs_of(result)
+        except Exception as error:
+            run.failure = Failure(error, tracer.op, tracer.here(_first_line(error)))
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+class Engine:
+    """Makes labelled runs of one model, whole or cut, on fake tensors (or real ones where fake ones cannot go on).
+
+    Attributes:
+        real: run on real tensors.
+        dtype: floating-point tensors are converted to it in a real run; None leaves them.
+    """
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        self.model = model
+        self.named: NamedTensors = named_tensors(model)
+        self.example = example
+        self.real = False
+        self.dtype: torch.dtype | None = None
+
+    def run(
+        self,
+        book: Recorder | Checker,
+        labels: Mapping[str, Sequence[IntArray | None]],
+        decisions: Mapping[SiteKey, int],
+        keep: Mapping[str, Mapping[int, IntArray]] | None = None,
+        attributes: Sequence[tuple[str, str, int]] = (),
+        mask: Mask | None = None,
+        guide: Tracer | None = None,
+    ) -> Run:
+        """A run in which every tensor carries ``labels`` (one vector per axis), after cutting to ``keep``."""
+        tracer = Tracer(book, dict(decisions), guide=guide)
+        fake = None if self.real else FakeTensorMode(allow_non_fake_inputs=True)
+        keep = keep or {}
+        tensors = {}
+        for name, tensor in self.named.tensors.items():
+            copied = self._tensor(tensor, keep.get(name, {}), fake)
+            copied._attrim_value = Value(tuple(labels[name]), live=False)  # type: ignore[attr-defined]
+            if name in self.named.parameters:
+                copied._is_param = True  # type: ignore[attr-defined]
+            tensors[name] = copied
+        model = copy_with(self.model, self.named, tensors)
+        if keep:
+            indices = {n: {d: tuple(i.tolist()) for d, i in dims.items()} for n, dims in keep.items()}
+            repair_attributes(model, indices, self.named.aliases)
+        for path, attribute, value in attributes:
+            write_attribute(model.get_submodule(path), attribute, value)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype or before)
+        try:
+            return labelled_call(model, self._inputs(fake), tracer, fake, mask)
+        finally:
+            torch.set_default_dtype(before)
+
+    def _tensor(self, tensor: Tensor, keep: Mapping[int, IntArray], fake: FakeTensorMode | None) -> Tensor:
+        if fake is None:
+            copied = tensor.detach()
+            for dim, indices in keep.items():
+                copied = copied.index_select(dim, torch.from_numpy(indices).to(tensor.device))
+            copied = copied if keep else copied.clone()
+            return copied.to(self.dtype) if self.dtype and copied.is_floating_point() else copied
+        with fake:
+            if not keep:
+                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
+            return torch.empty(shape, dtype=tensor.dtype)
+
+    def _inputs(self, fake: FakeTensorMode | None) -> Example:
+        def convert(x: Tensor) -> Tensor:
+            if fake is None:
+                new = x.detach().clone()
+                new = new.to(self.dtype) if self.dtype and new.is_floating_point() else new
+            else:
+                with fake:
+                    new = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+            new._attrim_value = Value((None,) * x.ndim, live=True)  # type: ignore[attr-defined]
+            return new
+
+        return Example(map_tensors(self.example.args, convert), map_tensors(self.example.kwargs, convert))

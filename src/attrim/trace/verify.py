@@ -1,0 +1,294 @@
+"""The proof: a pruned network, run with its survivors' labels and run in numbers, against the masked original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from attrim.core.channels import Reason
+from attrim.core.cost import IntArray
+from attrim.core.plan import PruningPlan
+from attrim.errors import InputError, PlanError
+from attrim.modules.names import fingerprint, named_tensors
+from attrim.trace.call import Call
+from attrim.trace.capture import Analysis, analyse
+from attrim.trace.inputs import Example, example_of
+from attrim.trace.labels import Checker, Conflict, Recorder
+from attrim.trace.probe import first_difference
+from attrim.trace.rules.contract import CONTRACTED
+from attrim.trace.rules.reduce import REDUCED, reduced_dims
+from attrim.trace.run import Engine, Run
+from attrim.trace.tracer import Tracer
+
+__all__ = ["Verification", "verify"]
+
+TOLERANCE = 1e-9
+"""Largest relative difference in float64 that counts as equal."""
+
+Alive = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was proved about a pruned network.
+
+    Attributes:
+        ok: no conflict, and the part of the cut that should be exact is.
+        exact: nothing that was cut is marked inexact.
+        max_error: largest difference between the pruned network and the masked original, relative to the largest output
+            (or to 1, if that is larger). For an inexact cut it is information, not a verdict.
+        exact_error: the same for the exactly removable channels alone, which is always judged.
+        conflicts: places where the pruned network combines positions that do not belong together.
+        effects: causes of inexactness -> groups that were cut in spite of it.
+        dtype: precision of the comparison; ``float64`` unless the network cannot run in it.
+    """
+
+    ok: bool
+    exact: bool
+    max_error: float
+    exact_error: float
+    conflicts: tuple[Conflict, ...]
+    effects: Mapping[str, tuple[str, ...]]
+    dtype: str
+
+    def __str__(self) -> str:
+        if self.conflicts:
+            return "not ok: " + "; ".join(str(c) for c in self.conflicts[:3])
+        if self.exact:
+            return f"{'ok' if self.ok else 'not ok'}, exact: max error {self.max_error:.2e} in {self.dtype}"
+        causes = "; ".join(f"{cause} ({len(groups)} groups)" for cause, groups in self.effects.items())
+        return (
+            f"{'ok' if self.ok else 'not ok'}: inexact by {causes}; the exact part differs by {self.exact_error:.2e} "
+            f"in {self.dtype}"
+        )
+
+
+def verify(
+    model: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    *,
+    tolerance: float = TOLERANCE,
+    analysis: Analysis | None = None,
+) -> Verification:
+    """Prove that ``small`` computes what ``model`` computes with the removed positions zeroed at every consumer.
+
+    Two independent checks. (1) ``small`` is traced again with every surviving position carrying the original's channel;
+    any operator that combines different channels is a conflict. (2) Both networks run in float64 on the example inputs;
+    the original has removed positions set to zero wherever they are summed over. Call it before any recovery changes
+    weights.
+
+    Args:
+        model: the original. Never changed.
+        small: ``attrim.apply(model, plan)``.
+        plan: the plan.
+        example_inputs: as for :func:`attrim.trace`.
+        tolerance: largest relative difference that counts as equal (float64).
+        analysis: the trace of ``model`` if it is at hand, to save a run.
+
+    Raises:
+        PlanError: the plan was not made for ``model``, or ``small`` does not have the shapes that it leaves.
+
+    Example:
+        >>> check = attrim.verify(model, small, plan, torch.randn(1, 3, 224, 224))
+        >>> check.ok, check.exact, check.max_error
+        (True, True, 3.1e-15)
+    """
+    if not isinstance(small, nn.Module):
+        raise InputError(f"small: expected the pruned nn.Module, found {type(small).__name__}.")
+    _check_shapes(model, small, plan)
+    analysis = analysis or analyse(model, example_inputs)
+    alive = _alive(analysis, plan)
+    conflicts = [*_torn(analysis, alive), *_coherence(analysis, small, alive, example_of(example_inputs))]
+    effects = _effects(analysis, alive)
+    if conflicts:
+        return Verification(False, not effects, float("inf"), float("inf"), tuple(conflicts), effects, "float64")
+    error, dtype = _numeric(analysis, small, alive)
+    exact_error = error
+    if effects:
+        exact_error, dtype = _numeric(analysis, None, _exact_part(analysis, alive))
+    limit = tolerance if dtype == "float64" else max(tolerance, 1e-3)
+    return Verification(exact_error <= limit, not effects, error, exact_error, (), effects, dtype)
+
+
+def _check_shapes(model: nn.Module, small: nn.Module, plan: PruningPlan) -> None:
+    before, after = named_tensors(model).shapes, named_tensors(small).shapes
+    if plan.fingerprint != fingerprint(before):
+        raise PlanError(
+            "the plan was not made for this model (the fingerprints differ). Pass the model that was traced."
+        )
+    for name, shape in before.items():
+        expected = plan.cuts[name].shape_after if name in plan.cuts else shape
+        if after.get(name) != expected:
+            raise PlanError(
+                f"the pruned network does not follow the plan: '{name}' should have shape {expected}, found {after.get(name)}. "
+                "Make it with attrim.apply(model, plan)."
+            )
+
+
+def _alive(analysis: Analysis, plan: PruningPlan) -> Alive:
+    """label -> stays, read from the plan's cuts."""
+    alive = np.ones(analysis.space.total, bool)
+    for name, cut in plan.cuts.items():
+        for dim, kept in cut.keep.items():
+            vector = analysis.labels[name][dim]
+            if vector is not None:
+                alive[vector] = False
+                alive[vector[list(kept)]] = True
+    return alive
+
+
+def _torn(analysis: Analysis, alive: Alive) -> list[Conflict]:
+    """Units of which some positions go and others stay, and pinned positions that go."""
+    roots = analysis.solution.roots
+    some = np.zeros(len(roots), bool)
+    some[roots[~alive]] = True
+    bad = np.flatnonzero(some & np.bincount(roots[alive], minlength=len(roots)).astype(bool))
+    conflicts = []
+    for root in bad[:8].tolist():
+        gone = int(np.flatnonzero((roots == root) & ~alive)[0])
+        stays = int(np.flatnonzero((roots == root) & alive)[0])
+        text = f"{_position(analysis, gone)} is removed but {_position(analysis, stays)}, which belongs to it, stays"
+        conflicts.append(Conflict(Reason(text)))
+    pinned = [
+        r for r in np.unique(roots[~alive]).tolist() if r in analysis.solution.reasons and r not in set(bad.tolist())
+    ]
+    for root in pinned[:8]:
+        reason = analysis.solution.reasons[root]
+        text = f"{_position(analysis, root)} is removed but must stay: {reason.text}"
+        conflicts.append(Conflict(Reason(text, reason.operator, reason.module, reason.source)))
+    return conflicts
+
+
+def _position(analysis: Analysis, label: int) -> str:
+    space = analysis.space
+    k = int(np.searchsorted(np.asarray(space.start), label, side="right")) - 1
+    return f"{space.axes[k]}[{label - space.start[k]}]"
+
+
+def _effects(analysis: Analysis, alive: Alive) -> dict[str, tuple[str, ...]]:
+    parts = analysis.parts
+    cut = np.unique(parts.group_of[~alive & (parts.group_of >= 0)])
+    effects: dict[str, list[str]] = {}
+    for g in cut.tolist():
+        first = int(np.flatnonzero(parts.group_of == g)[0])
+        for cause in parts.effects[g]:
+            effects.setdefault(cause, []).append(_position(analysis, first).rsplit("[", 1)[0])
+    return {cause: tuple(names) for cause, names in effects.items()}
+
+
+def _exact_part(analysis: Analysis, alive: Alive) -> Alive:
+    parts = analysis.parts
+    inexact = np.asarray([bool(e) for e in parts.effects] + [False])
+    return np.asarray(alive | inexact[parts.group_of])
+
+
+def _coherence(analysis: Analysis, small: nn.Module, alive: Alive, example: Example) -> list[Conflict]:
+    engine = Engine(small, example)
+    engine.real = analysis.engine.real
+    units = analysis.parts.units
+    carried: dict[str, list[IntArray | None]] = {
+        name: [None if v is None else units[v[alive[v]]] for v in vectors] for name, vectors in analysis.labels.items()
+    }
+    run = engine.run(Checker(), carried, analysis.tracer.decisions, guide=analysis.tracer)
+    assert isinstance(run.tracer.book, Checker)
+    if run.tracer.book.conflicts:
+        return run.tracer.book.conflicts
+    astray = first_difference(analysis, run, alive, units)
+    return [Conflict(astray.reason, astray.op)] if astray else []
+
+
+def _numeric(analysis: Analysis, small: nn.Module | None, alive: Alive) -> tuple[float, str]:
+    """Largest relative difference of all outputs; in the model's own precision only where float64 cannot run."""
+    result = _compare(analysis, small, alive, torch.float64)
+    if result is not None:
+        return result, "float64"
+    result = _compare(analysis, small, alive, None)
+    return (float("inf") if result is None else result), "the model's own precision"
+
+
+def _compare(analysis: Analysis, small: nn.Module | None, alive: Alive, dtype: torch.dtype | None) -> float | None:
+    engine = Engine(analysis.engine.model, analysis.engine.example)
+    engine.real, engine.dtype = True, dtype
+    decisions = analysis.tracer.decisions
+    masked = engine.run(Recorder(), analysis.labels, decisions, mask=_mask(alive))
+    if small is not None:
+        other = Engine(small, analysis.engine.example)
+        other.real, other.dtype = True, dtype
+        labels: Mapping[str, Sequence[IntArray | None]] = {n: [None] * t.ndim for n, t in other.named.tensors.items()}
+        cut = other.run(Recorder(), labels, decisions)
+    else:
+        keep = _keep(analysis, alive)
+        attributes = analysis.attributes_at(alive)
+        cut = engine.run(Recorder(), _blank(analysis), decisions, keep, attributes)
+    if masked.failure is not None or cut.failure is not None:
+        return None
+    return _difference(masked, cut)
+
+
+def _blank(analysis: Analysis) -> dict[str, list[IntArray | None]]:
+    return {name: [None] * len(vectors) for name, vectors in analysis.labels.items()}
+
+
+def _keep(analysis: Analysis, alive: Alive) -> dict[str, dict[int, IntArray]]:
+    keep: dict[str, dict[int, IntArray]] = {}
+    for name, vectors in analysis.labels.items():
+        for d, vector in enumerate(vectors):
+            if vector is not None and not alive[vector].all():
+                keep.setdefault(name, {})[d] = np.flatnonzero(alive[vector])
+    return keep
+
+
+def _difference(masked: Run, cut: Run) -> float:
+    worst = 0.0
+    for a, b in zip(masked.outputs, cut.outputs, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.is_floating_point() and a.numel():
+            scale = max(1.0, float(a.abs().max()))
+            gap = float((a - b).abs().max()) / scale
+            worst = max(worst, gap if gap == gap else float("inf"))
+        elif not a.is_floating_point() and not torch.equal(a, b):
+            worst = float("inf")
+    return worst
+
+
+def _mask(alive: Alive) -> Any:
+    """Zero the removed positions of activations in every argument that an operator sums over."""
+
+    def mask(call: Call, t: Tracer) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        places = list(CONTRACTED.get(call.name, ()))
+        if call.name in REDUCED and call.inputs:
+            first = next(name for name in ("self", "x", "input") if call.has(name))
+            places = [(first, d) for d in reduced_dims(call, call.inputs[0].ndim)]
+        args, kwargs = call.args, call.kwargs
+        for name, dim in places:
+            tensor: Tensor = call[name]
+            value = t.value(tensor)
+            vector = value.axes[dim] if value.live and tensor.ndim else None
+            if vector is not None and not alive[vector].all():
+                shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
+                stays = torch.from_numpy(alive[vector]).to(tensor.device).view(shape)
+                hidden = torch.where(stays, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+                hidden._attrim_value = value  # type: ignore[attr-defined]
+                args, kwargs = _replaced(call, args, kwargs, name, hidden)
+                call.args, call.kwargs = args, kwargs
+        return args, kwargs
+
+    return mask
+
+
+def _replaced(
+    call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, tensor: Tensor
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if name in kwargs:
+        return args, {**kwargs, name: tensor}
+    position = [a.name for a in call.func._schema.arguments].index(name)
+    return [*args[:position], tensor, *args[position + 1 :]], kwargs
