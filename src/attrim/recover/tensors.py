@@ -1,0 +1,150 @@
+"""Batches of small images from memory: decoded once, then cropped, flipped and normalised a whole batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attrim.errors import DataError
+
+__all__ = ["TensorBatches", "crop_and_flip", "decode"]
+
+
+class TensorBatches:
+    """Iterable of ``(images, labels)`` over images in memory; every pass starts anew and is decided by seed and epoch.
+
+    Args:
+        images: shape ``(N, C, H, W)``, uint8.
+        labels: shape ``(N,)``, int64.
+        mean, std: per channel, of images in [0, 1].
+        batch_size: the last batch may be shorter; it is dropped when shuffling, if there are others.
+        size: ``(height, width)`` that the model takes; batches are resized to it (bilinear, antialiased).
+        crop: pixels of padding before a random crop, 0 for none.
+        flip: whether half of the images are mirrored left to right.
+        shuffle: whether the order changes with each epoch.
+        seed: of order, crops and flips.
+
+    Yields:
+        float32 images ``(B, C, h, w)`` and int64 labels ``(B,)``.
+
+    Example:
+        >>> batches = TensorBatches(images, labels, mean=(0.5,), std=(0.5,), crop=4, flip=True, shuffle=True)
+        >>> batches.set_epoch(3)
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int = 128,
+        size: tuple[int, int] | None = None,
+        crop: int = 0,
+        flip: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+            raise DataError(
+                f"expected uint8 images of shape (N, C, H, W) and N labels, found {images.dtype} of shape "
+                f"{tuple(images.shape)} and {len(labels)} labels."
+            )
+        self.images, self.labels = images, labels
+        self.batch_size, self.size = batch_size, size
+        self.crop, self.flip, self.shuffle, self.seed, self.epoch = crop, flip, shuffle, seed, 0
+        self._scale, self._shift = _affine(mean, std, images.shape[1])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order, crops and flips of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole = len(self.labels) // self.batch_size
+        return whole if self.shuffle and whole else -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        count = len(self.labels)
+        order = torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)
+        for chosen in torch.split(order, self.batch_size)[: len(self)]:
+            yield self._prepare(self.images[chosen], random), self.labels[chosen]
+
+    def _prepare(self, images: Tensor, random: torch.Generator) -> Tensor:
+        if self.crop or self.flip:
+            images = crop_and_flip(images, self.crop, self.flip, random)
+        pixels = images.float()
+        if self.size is not None and self.size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
+        return torch.addcmul(self._shift, pixels, self._scale)
+
+
+def crop_and_flip(images: Tensor, pad: int, flip: bool, random: torch.Generator) -> Tensor:
+    """Each image padded with zeros, cropped at a random place to its old size, and mirrored half of the time.
+
+    Args:
+        images: shape ``(N, C, H, W)``, any dtype.
+        pad: pixels added on each side before the crop.
+        flip: whether to mirror at all.
+        random: decides places and flips.
+
+    Returns:
+        Shape ``(N, C, H, W)``.
+
+    Example:
+        >>> crop_and_flip(images, 4, True, torch.Generator().manual_seed(0))
+    """
+    count, _, height, width = images.shape
+    top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=random)
+    rows = top[:, None] + torch.arange(height)
+    columns = left[:, None] + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(count, generator=random) < 0.5
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    chosen = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return chosen.permute(0, 3, 1, 2).contiguous()
+
+
+def decode(pictures: Iterable[Any], channels: int) -> Tensor:
+    """PIL images as one tensor; those of another size than the first are resized to it.
+
+    Args:
+        pictures: ``PIL.Image`` objects.
+        channels: 1 (grey) or 3 (RGB).
+
+    Returns:
+        uint8, shape ``(N, channels, H, W)``.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    arrays = []
+    size: tuple[int, int] | None = None
+    for picture in pictures:
+        size = size or picture.size
+        fitting = picture if picture.size == size else picture.resize(size)
+        arrays.append(np.asarray(fitting.convert(mode)))
+    if not arrays:
+        raise DataError("expected at least one image, found none.")
+    stacked = torch.from_numpy(np.stack(arrays))
+    return stacked[:, None] if channels == 1 else stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def _affine(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift that take bytes to ``(x / 255 - mean) / std``."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise DataError(
+                f"{name}: expected {channels} numbers, one per channel, found {len(values)}. "
+                f"For example --{name} {','.join(['0.5'] * channels)}."
+            )
+    if min(std) <= 0:
+        raise DataError(f"std: expected numbers > 0, found {min(std)}.")
+    spread = torch.tensor(std).expand(channels).view(1, -1, 1, 1)
+    middle = torch.tensor(mean).expand(channels).view(1, -1, 1, 1)
+    return 1 / (255 * spread), -middle / spread
