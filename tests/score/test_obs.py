@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import conv2d, linear, unfold
 
 from attrim.errors import AttrimWarning, CriterionError
-from attrim.score import score
+from attrim.score import gram, score
 
 EXACT = {"damping": 0.0, "normalize": "none"}
 
@@ -101,6 +101,24 @@ def test_a_dead_input_scores_exactly_zero(head) -> None:
     assert obs(model, channels, [x.float().double()], centred=True)[1] == 0
     assert obs(model, channels, [x])[1] > 0
     assert obs(model, channels, [0 * x], damping=1e-3).tolist() == [0, 0, 0, 0]
+
+
+def test_very_small_activations_in_single_precision(head) -> None:
+    model, channels = head
+    x = correlated(40, 4)
+    expected = obs(model, channels, [x])
+    model.float()
+    assert torch.allclose(obs(model, channels, [(x * 1e-25).float()]), expected, rtol=1e-4)
+    x[:, 1] = 0
+    assert obs(model, channels, [(x * 1e-25).float()])[1] == 0
+
+
+def test_nan_inputs_are_located(head) -> None:
+    model, channels = head
+    x = correlated(40, 4)
+    x[3, 2] = math.nan
+    with pytest.raises(CriterionError, match=r"the inputs of '1\.weight' are NaN or infinite"):
+        obs(model, channels, [x])
 
 
 def test_a_channel_with_several_columns_goes_at_once(build) -> None:
@@ -334,7 +352,7 @@ def test_chunks_of_an_unfolded_input_change_nothing(small, small_map, monkeypatc
     x = torch.randn(9, 2, 6, 6, dtype=torch.float64)
     small.double()
     whole = obs(small, small_map(small), [x], form="patch")
-    monkeypatch.setattr("attrim.score.gram._CHUNK", 2000)
+    monkeypatch.setattr(gram, "_CHUNK", 2000)
     assert torch.allclose(obs(small, small_map(small), [x], form="patch"), whole, rtol=1e-6)
 
 

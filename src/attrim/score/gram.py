@@ -66,11 +66,15 @@ class ConsumerGram:
     def _add(self, use: Contraction) -> None:
         values = patches(use)
         values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+        # Squares of very small single-precision numbers vanish, and a matrix of such squares is not positive.
+        largest = values.abs().amax().clamp_min(torch.finfo(values.dtype).tiny)
+        values = values / largest
         # A tap sees one input pixel per output: in channel form the pixels stand for the outputs.
         scale = 1.0 if self._by_patch else use.outputs * len(use.inputs) / max(1, values.shape[2])
+        unit = largest.to(self._device, torch.float64)
         second = values @ values.mT if self.hessian == "gram" else values.square().sum(2)
-        self._second += scale * second.to(self._device, torch.float64)
-        self._first += scale * values.sum(2).to(self._device, torch.float64)
+        self._second += scale * unit.square() * second.to(self._device, torch.float64)
+        self._first += scale * unit * values.sum(2).to(self._device, torch.float64)
 
     def saliency(self, index: IntArray, samples: int, damping: float, centred: bool) -> Tensor:
         """``½ tr W_c B_c W_cᵀ`` for each channel; shape ``(size,)``, float64 on the CPU.
@@ -98,6 +102,10 @@ class ConsumerGram:
         return single[torch.from_numpy(index).to(self._device)].sum(1).cpu()
 
     def _moments(self, samples: int, centred: bool) -> Tensor:
+        if not bool(self._second.isfinite().all()):
+            raise CriterionError(
+                f"the inputs of '{self.tensor}' are NaN or infinite: look for NaN in the data or the weights."
+            )
         if not centred:
             return self._second / samples
         mean = self._first / max(self._count, 1.0)
@@ -111,7 +119,10 @@ class ConsumerGram:
         if self.hessian == "diagonal":
             return 0.5 * (weight.square().sum(3) * energy[:, columns]).sum(2)
         dead = energy <= _CONSTANT * self._diagonal(self._second) / samples
-        inverse = _inverse(moments, damping * energy.mean(1, keepdim=True) + dead.double(), self.tensor)
+        mean = energy.mean(1, keepdim=True)
+        # A dead column does not interact with the others; any positive number of their size keeps H invertible.
+        ridge = damping * mean + torch.where(dead, torch.where(mean > 0, mean, 1.0), 0.0)
+        inverse = _inverse(moments, ridge, self.tensor)
         block = inverse[:, columns[:, :, None], columns[:, None, :]]
         if columns.shape[1] == 1:
             value = weight.square().sum((2, 3)) / block.flatten(2).squeeze(2)

@@ -57,55 +57,58 @@ def hrank(
         raise CriterionError(f"tap: expected one of {', '.join(KINDS)}, found {tap!r}.")
     if fallback not in ("energy", "error"):
         raise CriterionError(f"fallback: expected energy or error, found {fallback!r}.")
-    watched: dict[str, list[_MapSums]] | None = None
+    taps: dict[str, tuple[Tap, ...]] | None = None
+    sums: dict[tuple[str, int], _MapSums] = {}
     hooks: dict[str, list[Callable[[Tensor], None]]] = {}
     with undisturbed(model), torch.no_grad():
         for batch in stream(model, batches, "hrank", samples=samples, show=progress):
-            if watched is None:
-                ambiguous = used_twice(model, channels, partial(forward, model, batch))
-                taps = chosen_taps(channels, tap, ambiguous)
-                watched = {group: [_MapSums(place, hooks) for place in places] for group, places in taps.items()}
+            if taps is None:
+                taps = chosen_taps(channels, tap, used_twice(model, channels, partial(forward, model, batch)))
+                places = dict.fromkeys((place.module, place.dim) for group in taps.values() for place in group)
+                sums = {place: _MapSums(*place) for place in places}
+                for (module, _), watched in sums.items():
+                    hooks.setdefault(module, []).append(watched.add)
             with watching(model, hooks):
                 forward(model, batch)
     result: dict[str, Tensor] = {}
-    for group, sums in (watched or {}).items():
-        rows = [s.rank / s.maps for s in sums if s.maps]
+    for group, shown in (taps or {}).items():
+        seen = [(sums[place.module, place.dim], place.index) for place in shown]
+        rows = [per_channel(s.rank / s.maps, index) for s, index in seen if s.maps]
         if not rows and fallback == "energy":
-            rows = [s.energy / s.samples for s in sums if s.samples]
+            rows = [per_channel(s.energy / s.samples, index) for s, index in seen if s.samples]
         if rows:
             result[group] = reduced(torch.stack(rows), reduction)
     return result
 
 
 class _MapSums:
-    """Running float64 sums of rank and mean absolute value of a tap's channels."""
+    """Running float64 sums of rank and mean absolute value along one dimension of a module's output."""
 
-    def __init__(self, tap: Tap, hooks: dict[str, list[Callable[[Tensor], None]]]) -> None:
-        hooks.setdefault(tap.module, []).append(self.add)
-        self._tap = tap
-        self.rank = torch.zeros(len(tap.index), dtype=torch.float64)
-        self.energy = torch.zeros(len(tap.index), dtype=torch.float64)
+    def __init__(self, module: str, dim: int) -> None:
+        self._module, self._dim = module, dim
+        self.rank: Tensor = torch.zeros(1, dtype=torch.float64)
+        self.energy: Tensor = torch.zeros(1, dtype=torch.float64)
         self.maps = 0
         self.samples = 0
 
     def add(self, output: Tensor) -> None:
-        """Take one output of the tap's module in."""
+        """Take one output of the module in."""
         maps = self._as_maps(output)
         energy = maps.flatten(2).abs().mean(2).sum(0).to("cpu", torch.float64)
         if not bool(energy.isfinite().all()):
             raise CriterionError(
-                f"the activations of '{self._tap.module}' are NaN or infinite: look for NaN in the data or the weights."
+                f"the activations of '{self._module}' are NaN or infinite: look for NaN in the data or the weights."
             )
-        self.energy += per_channel(energy, self._tap.index)
+        self.energy = self.energy + energy
         self.samples += len(maps)
         if maps.ndim > 3 and min(maps.flatten(2, -2).shape[2:]) > 1:
-            ranks = torch.linalg.matrix_rank(maps.flatten(2, -2)).sum(0).to("cpu", torch.float64)
-            self.rank += per_channel(ranks, self._tap.index)
+            ranks = torch.linalg.matrix_rank(maps.flatten(2, -2))
+            self.rank = self.rank + ranks.sum(0).to("cpu", torch.float64)
             self.maps += len(maps)
 
     def _as_maps(self, output: Tensor) -> Tensor:
-        """Shape ``(samples, positions of the tap's dimension, map…)``, single or double precision."""
-        dim = self._tap.dim % output.ndim
+        """Shape ``(samples, positions of the dimension, map…)``, single or double precision."""
+        dim = self._dim % output.ndim
         batched = output.unsqueeze(0) if dim == 0 else output
         maps = batched.movedim(max(dim, 1), 1)
         maps = maps if maps.dtype in (torch.float32, torch.float64) else maps.float()
