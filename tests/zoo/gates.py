@@ -45,9 +45,8 @@ class SEConv(nn.Module):
 @pattern(
     "eca_gate",
     "conv.weight:0",
-    "head.weight:1",
-    must_refuse=("body.weight:0",),
-    note="a convolution slides along the channels, so their neighbourhood matters; conv and head can be cut",
+    must_refuse=("body.weight:0", "head.weight:1"),
+    note="a convolution slides along the channels, so their neighbourhood matters; the layer before can be cut",
 )
 class ECAGate(nn.Module):
     """Efficient channel attention: a one-dimensional convolution along the channel axis."""

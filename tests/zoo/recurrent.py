@@ -11,6 +11,9 @@ from .pattern import image, pattern, tokens
 ROWS = ("rnn.weight_*:0", "rnn.bias_*:0")
 """A hidden unit whose gates all read zero stays at zero, in the LSTM and in the GRU."""
 
+COLUMNS = ("rnn.weight_ih_*:1",)
+"""What the recurrent layers read from the layer before."""
+
 
 @pattern(
     "lstm",
@@ -20,6 +23,7 @@ ROWS = ("rnn.weight_*:0", "rnn.bias_*:0")
     "rnn.weight_ih_l0:1",
     "fc.weight:1",
     inputs=tokens(2, 5, 6),
+    consumers=COLUMNS,
     producers=ROWS,
 )
 class LSTM(nn.Module):
@@ -42,6 +46,7 @@ class LSTM(nn.Module):
     "rnn.weight_ih_l0:1",
     "fc.weight:1",
     inputs=tokens(2, 5, 6),
+    consumers=COLUMNS,
     producers=ROWS,
 )
 class GRU(nn.Module):
@@ -56,7 +61,7 @@ class GRU(nn.Module):
         return self.fc(F.relu(out))
 
 
-@pattern("crnn", "conv.weight:0", "fc.weight:0", inputs=image(2, 1, 4, 10), producers=ROWS)
+@pattern("crnn", "conv.weight:0", "fc.weight:0", inputs=image(2, 1, 4, 10), consumers=COLUMNS, producers=ROWS)
 class CRNN(nn.Module):
     """Text recognition: columns of a feature map become steps; two layers, both directions."""
 
@@ -78,6 +83,7 @@ class CRNN(nn.Module):
     "cell.weight_ih:1",
     "fc.weight:0",
     inputs=tokens(2, 4, 6),
+    consumers=("cell.weight_ih:1",),
     producers=("cell.weight_*:0", "cell.bias_*:0"),
 )
 class GRUCell(nn.Module):

@@ -155,7 +155,7 @@ class SplitAttr(nn.Module):
         return self.a(a) + self.b(b)
 
 
-@pattern("split_attr_three", "stem.weight:0", "a.weight:1", "c.weight:1")
+@pattern("split_attr_three", "stem.weight:0", "a.weight:0", "c.weight:1")
 class SplitAttrThree(nn.Module):
     """Inception-next token mixer: two int attributes and a computed rest, put together again."""
 
