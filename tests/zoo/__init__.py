@@ -11,11 +11,15 @@ from . import (
     misc,
     norms,
     params,
+    positions,
+    products,
     recurrent,
     reshape,
     split,
     tokens,
     transformer,
+    traps,
+    vision,
 )
 from .pattern import REGISTRY, Pattern
 
@@ -30,9 +34,13 @@ __all__ = [
     "misc",
     "norms",
     "params",
+    "positions",
+    "products",
     "recurrent",
     "reshape",
     "split",
     "tokens",
     "transformer",
+    "traps",
+    "vision",
 ]
