@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from attrim.errors import BudgetError
@@ -72,15 +71,15 @@ class Budget:
         self._check_rest()
 
     def _check_floors(self) -> None:
-        keep = self.min_keep
-        if isinstance(keep, bool) or not isinstance(keep, Real) or not math.isfinite(keep) or keep <= 0:
+        keep: Any = self.min_keep
+        if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not math.isfinite(keep) or keep <= 0:
             raise BudgetError(f"min_keep: expected a positive int (channels) or a float in (0, 1], found {keep!r}.")
         if not isinstance(keep, int) and keep > 1:
             raise BudgetError(
                 f"min_keep: a float is a fraction in (0, 1], found {keep!r}. For channels write min_keep={math.ceil(keep)}."
             )
         removed: Any = self.max_removed
-        if isinstance(removed, bool) or not isinstance(removed, Real) or not 0 <= removed <= 1:
+        if isinstance(removed, bool) or not isinstance(removed, (int, float)) or not 0 <= removed <= 1:
             raise BudgetError(f"max_removed: expected a fraction in [0, 1], found {removed!r}.")
 
     def _check_rest(self) -> None:
@@ -106,7 +105,7 @@ class Budget:
 def _check_fraction(name: str, value: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         hint = f" {value!r} looks like a percentage; write {name}={value / 100:g}." if _percent(value) else ""
         raise BudgetError(
             f"{name}: expected the fraction that is kept, in (0, 1], found {value!r}.{hint} "
@@ -115,4 +114,4 @@ def _check_fraction(name: str, value: Any) -> None:
 
 
 def _percent(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 2 <= value <= 100
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 2 <= value <= 100

@@ -192,6 +192,11 @@ class ChannelMap:
             close = get_close_matches(tensor, list(self.shapes), n=3, cutoff=0.4)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise InputError(f"no parameter or buffer is named '{tensor}'.{hint}")
+        if dim and (not dim.isdigit() or int(dim) >= len(self.shapes[tensor])):
+            raise InputError(
+                f"'{tensor}' has the dimensions 0 … {len(self.shapes[tensor]) - 1}; found ':{dim}'. "
+                f"Ask for explain('{tensor}:0'), or for explain('{tensor}') to see all."
+            )
         lines = [f"{tensor} {tuple(self.shapes[tensor])}"]
         for d, size in enumerate(self.shapes[tensor]):
             if not dim or int(dim) == d:

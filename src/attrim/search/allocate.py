@@ -26,6 +26,9 @@ _TOLERANCE = 0.01
 
 _FILL_STEPS = 2000
 
+_RATIO_STEPS = 4096
+"""Resolution of a common ratio."""
+
 
 def allocate(channels: ChannelMap, scores: Scores, budget: Budget) -> PruningPlan:
     """Choose what stays: the least important channels go first until every limit holds.
@@ -105,12 +108,12 @@ class _Field:
             floors[g] = _round_up(budget.floor(int(sizes[g])), int(sizes[g]), budget.multiple_of)
         order = _removal_order(ranked, value, floors)
         kinds = {g: channels[channels.cost.groups[g]].kind for g in value}
-        levels = {
-            "global": lambda: (_by_threshold(sizes, order), len(order)),
-            "group": lambda: (_by_ratio(sizes, list(value)), 4096),
-            "isomorphic": lambda: (_by_kind(sizes, order, kinds), 4096),
-        }
-        level, steps = levels[budget.scope]()
+        if budget.scope == "global":
+            level, steps = _by_threshold(sizes, order), len(order)
+        elif budget.scope == "group":
+            level, steps = _by_ratio(sizes, list(value)), _RATIO_STEPS
+        else:
+            level, steps = _by_kind(sizes, order, kinds), _RATIO_STEPS
         return cls(sizes, floors, list(value), ranked, value, budget.multiple_of, level, steps)
 
     def kept(self, n: int) -> IntArray:
@@ -156,7 +159,7 @@ def _by_ratio(sizes: IntArray, free: list[int]) -> Callable[[int], IntArray]:
     mask[free] = True
 
     def level(n: int) -> IntArray:
-        return np.where(mask, np.round(sizes * (1 - n / 4096)).astype(np.int64), sizes)
+        return np.where(mask, np.round(sizes * (1 - n / _RATIO_STEPS)).astype(np.int64), sizes)
 
     return level
 
@@ -171,7 +174,7 @@ def _by_kind(sizes: IntArray, order: IntArray, kinds: dict[int, str]) -> Callabl
     totals = [sum(int(sizes[g]) for g in kinds if kind_of[g] == k) for k in range(len(numbers))]
 
     def level(n: int) -> IntArray:
-        gone = [queue[: round(total * n / 4096)] for queue, total in zip(queues, totals, strict=True)]
+        gone = [queue[: round(total * n / _RATIO_STEPS)] for queue, total in zip(queues, totals, strict=True)]
         return sizes - np.bincount(np.concatenate([np.zeros(0, np.int64), *gone]), minlength=len(sizes))
 
     return level

@@ -11,7 +11,7 @@ from attrim.core.channels import ChannelMap
 __all__ = ["trace"]
 
 
-def trace(model: nn.Module, example_inputs: Any) -> ChannelMap:
+def trace(model: nn.Module, example_inputs: Any, *, check: bool = False) -> ChannelMap:
     """Find the channels of a network that can be removed, what goes with each, and why the others must stay.
 
     The model runs once, as a copy in eval mode on fake tensors (on real ones where its control flow depends on data), while
@@ -22,6 +22,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelMap:
         model: any ``nn.Module``. Never changed, not even its train flag.
         example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments). Shapes matter, values only
             where control flow reads them.
+        check: also cut every group and compare in numbers (float64, a few real runs); a group that differs from the masked
+            original, because the code computes a number from its width, is pinned with that reason.
 
     Returns:
         The channel map: ``groups``, ``pinned`` (with reasons), ``cost``, ``explain(name)``.
@@ -36,4 +38,4 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelMap:
     """
     from attrim.trace.capture import analyse
 
-    return analyse(model, example_inputs).channel_map()
+    return analyse(model, example_inputs, check=check).channel_map()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from attrim.core.axes import Axis
 from attrim.core.channels import ChannelMap, Reason
@@ -37,6 +37,8 @@ class Analysis:
     tracer: Tracer
     solution: Solution
     parts: Partition
+    outputs: list[Tensor]
+    extra: Pins
 
     def attributes_at(self, alive: npt.NDArray[np.bool_]) -> list[tuple[str, str, int]]:
         """(module, attribute, value) of the numbers that follow a cut; ``alive``: label -> stays."""
@@ -63,14 +65,19 @@ def label_tensors(engine: Engine) -> tuple[LabelSpace, dict[str, list[IntArray |
     return space, labels
 
 
-def analyse(model: nn.Module, example_inputs: Any) -> Analysis:
-    """Record a labelled run and settle every size-bearing site by probing cut copies."""
+def analyse(model: nn.Module, example_inputs: Any, *, check: bool = False) -> Analysis:
+    """Record a labelled run and settle every size-bearing site by probing cut copies.
+
+    With ``check`` every group is also cut and compared in numbers; one that fails is pinned with the reason.
+    """
+    from attrim.trace.check import check_numbers
     from attrim.trace.probe import settle
 
     check_model(model)
     engine = Engine(model, example_of(example_inputs))
     space, labels = label_tensors(engine)
-    return settle(engine, space, labels)
+    analysis = settle(engine, space, labels)
+    return check_numbers(analysis) if check else analysis
 
 
 def record(
@@ -101,7 +108,8 @@ def conclude(
     assert isinstance(tracer.book, Recorder)
     pins = [*_outputs(run), *_unused(tracer, engine, labels), *extra]
     solution = solve(tracer.book, space.total, pins)
-    return Analysis(engine, space, labels, tracer, solution, partition(space, solution, tracer.book))
+    parts = partition(space, solution, tracer.book)
+    return Analysis(engine, space, labels, tracer, solution, parts, run.outputs, list(extra))
 
 
 def _outputs(run: Run) -> Pins:

@@ -20,9 +20,9 @@ from attrim.errors import TraceError
 from attrim.trace.capture import Analysis, Pins, record
 from attrim.trace.labels import Checker, LabelSpace, Value
 from attrim.trace.run import Engine, Run
-from attrim.trace.tracer import SiteKey
+from attrim.trace.tracer import SiteKey, Tracer
 
-__all__ = ["Alive", "Astray", "coherence", "first_difference", "settle"]
+__all__ = ["Alive", "Astray", "Watcher", "coherence", "labels_of", "random_cut", "settle"]
 
 Alive = npt.NDArray[np.bool_]
 """label -> stays."""
@@ -88,29 +88,56 @@ def coherence(analysis: Analysis, alive: Alive) -> Astray | None:
             kept = units[vector[stays]]
             carried[name].append(kept if kept.any() else None)
     attributes = analysis.attributes_at(alive)
+    watch = Watcher(analysis, alive, units)
     try:
         run = analysis.engine.run(
-            Checker(), carried, analysis.tracer.decisions, keep, attributes, guide=analysis.tracer
+            Checker(), carried, analysis.tracer.decisions, keep, attributes, guide=analysis.tracer, watch=watch
         )
     except Exception as error:  # an attribute table that refuses the cut
         return Astray(len(analysis.tracer.steps), Reason(f"{type(error).__name__}: {error}"))
-    return first_difference(analysis, run, alive, units)
+    return watch.verdict(run)
 
 
-def first_difference(analysis: Analysis, run: Run, alive: Alive, units: IntArray) -> Astray | None:
-    """The first operator at which a run of a cut network departs from the recorded run of the whole one."""
-    tracer = run.tracer
-    assert isinstance(tracer.book, Checker)
-    found: list[Astray] = [Astray(c.op, c.reason) for c in tracer.book.conflicts[:1]]
-    if run.failure is not None:
-        found.append(Astray(run.failure.op, run.failure.reason))
-    for op, ((name, was, _), (now_name, now, _)) in enumerate(zip(analysis.tracer.steps, tracer.steps, strict=False)):
-        if name != now_name or len(was) != len(now):
-            break  # another course of operators; ties still watch over it
-        if any(_differs(before, after, units, alive) for before, after in zip(was, now, strict=True)):
-            found.append(Astray(op, _reason_at(analysis, op, "takes other positions once a width has changed")))
-            break
-    return min(found, key=lambda a: a.op) if found else None
+class _Stop(Exception):
+    """Ends a run whose verdict is known."""
+
+
+class Watcher:
+    """Follows a run on a cut network, operator by operator, beside the recorded run of the whole one."""
+
+    def __init__(self, analysis: Analysis, alive: Alive, units: IntArray, stop_at_conflict: bool = True) -> None:
+        self.analysis = analysis
+        self.alive = alive
+        self.units = units
+        self.stop_at_conflict = stop_at_conflict
+        self.in_step = True
+        self.astray: Astray | None = None
+
+    def __call__(self, tracer: Tracer) -> None:
+        """After each operator: end the run where it departs from the recorded one."""
+        assert isinstance(tracer.book, Checker)
+        recorded = self.analysis.tracer
+        op = tracer.op
+        if self.in_step and op < len(recorded.steps):
+            (name, was, _), (now_name, now, _) = recorded.steps[op], tracer.steps[op]
+            if name != now_name or len(was) != len(now):
+                self.in_step = False  # another course of operators; ties still watch over it
+            elif any(_differs(before, after, self.units, self.alive) for before, after in zip(was, now, strict=True)):
+                text = "takes other positions once a width has changed"
+                self.astray = Astray(op, Reason(text, *recorded.places[op]))
+                raise _Stop
+        if self.stop_at_conflict and tracer.book.conflicts:
+            raise _Stop
+
+    def verdict(self, run: Run) -> Astray | None:
+        """The first place at which the run went astray."""
+        assert isinstance(run.tracer.book, Checker)
+        found = [Astray(c.op, c.reason) for c in run.tracer.book.conflicts[:1]]
+        if self.astray is not None:
+            found.append(self.astray)
+        elif run.failure is not None and not isinstance(run.failure.error, _Stop):
+            found.append(Astray(run.failure.op, run.failure.reason))
+        return min(found, key=lambda a: a.op) if found else None
 
 
 def _differs(
@@ -137,10 +164,6 @@ def _differs(
         elif len(actual) != len(expected) or (actual != expected).any():
             return True
     return False
-
-
-def _reason_at(analysis: Analysis, op: int, text: str) -> Reason:
-    return Reason(text, *analysis.tracer.places[op])
 
 
 def _advance(analysis: Analysis, decisions: dict[SiteKey, int], op: int) -> bool:
@@ -172,14 +195,13 @@ def _culprits(analysis: Analysis, astray: Astray) -> Pins:
         if involved.size:
             groups = np.unique(parts.group_of[involved]).tolist()
             if coherence(analysis, random_cut(analysis, groups)) is not None:
-                return [(_labels_of(analysis, groups, involved), _cannot(astray))]
+                return [(involved, _cannot(astray))]
     groups = _smallest_failing(analysis)
-    return [(_labels_of(analysis, groups), _cannot(astray))]
+    return [(labels_of(analysis, groups), _cannot(astray))]
 
 
-def _labels_of(analysis: Analysis, groups: Sequence[int], only: IntArray | None = None) -> IntArray:
-    if only is not None:
-        return only
+def labels_of(analysis: Analysis, groups: Sequence[int]) -> IntArray:
+    """All labels of these groups."""
     return np.flatnonzero(np.isin(analysis.parts.group_of, np.asarray(groups)))
 
 
@@ -189,14 +211,14 @@ def _cannot(astray: Astray) -> Reason:
 
 
 def _smallest_failing(analysis: Analysis) -> list[int]:
-    """Bisect the groups: halves that fail alone are followed; where only both together fail, all of them are named."""
+    """Bisect the groups: a half that fails alone is followed, else the other; where neither fails alone, both are named."""
     groups = list(range(len(analysis.parts.sizes)))
     while len(groups) > 1:
         half = len(groups) // 2
-        for part in (groups[:half], groups[half:]):
-            if coherence(analysis, random_cut(analysis, part)) is not None:
-                groups = part
-                break
+        if coherence(analysis, random_cut(analysis, groups[:half])) is not None:
+            groups = groups[:half]
+        elif coherence(analysis, random_cut(analysis, groups[half:])) is not None:
+            groups = groups[half:]
         else:
             return groups
     return groups

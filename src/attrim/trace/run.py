@@ -19,7 +19,7 @@ from attrim.core.cost import IntArray
 from attrim.modules.names import NamedTensors, named_tensors
 from attrim.modules.repair import repair_attributes, write_attribute
 from attrim.modules.skeleton import copy_with
-from attrim.trace.call import Call
+from attrim.trace.call import Call, tensors_in
 from attrim.trace.inputs import Example, map_tensors, outputs_of
 from attrim.trace.labels import Checker, Recorder, Value
 from attrim.trace.rules import RULES, Rule
@@ -27,9 +27,13 @@ from attrim.trace.rules.pointwise import pointwise, silent
 from attrim.trace.tracer import SiteKey, Tracer
 from attrim.trace.where import call_site
 
-__all__ = ["Engine", "Failure", "LabelMode", "Run", "labelled_call"]
+__all__ = ["Engine", "Failure", "LabelMode", "Run", "Watch", "labelled_call"]
 
 Mask = Callable[[Call, Tracer], tuple[Sequence[Any], Mapping[str, Any]]]
+"""Called before an operator; returns the arguments to run it with."""
+
+Watch = Callable[[Tracer], None]
+"""Called after an operator; may raise to end the run."""
 
 
 @dataclass(slots=True)
@@ -50,13 +54,14 @@ class Run:
     failure: Failure | None = None
 
 
-class LabelMode(TorchDispatchMode):
+class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operator as usual, then lets its rule carry the labels across."""
 
-    def __init__(self, tracer: Tracer, mask: Mask | None = None) -> None:
-        super().__init__()
+    def __init__(self, tracer: Tracer, mask: Mask | None = None, watch: Watch | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.mask = mask
+        self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         t = self.tracer
@@ -68,6 +73,7 @@ class LabelMode(TorchDispatchMode):
         if isinstance(t.book, Checker):
             t.book.op = t.op
         known = [t.value(x) for x in call.inputs]
+        t.in_step = t.guide is not None and t.op < len(t.guide.steps) and t.guide.steps[t.op][0] == name
         if self.mask is not None:
             args, kwargs = self.mask(call, t)
         call.out = func(*args, **(kwargs or {}))
@@ -76,8 +82,16 @@ class LabelMode(TorchDispatchMode):
         else:
             _unknown(t, call, known)
         t.steps.append((name, [(tuple(o.shape), t.value(o)) for o in call.outputs], known))
+        t.numbers.append(_numbers(args) if rule is pointwise else ())
         t.places.append((t.operator, t.stack[-1][0] if t.stack else "", str(t.lines)))
+        if self.watch is not None:
+            self.watch(t)
         return call.out
+
+
+def _numbers(args: Sequence[Any]) -> tuple[float, ...]:
+    """The plain numbers among the arguments of a pointwise operator."""
+    return tuple(float(a) for a in args if type(a) in (int, float))
 
 
 def _unknown(t: Tracer, call: Call, known: Sequence[Value]) -> None:
@@ -109,11 +123,15 @@ def _module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         parent = tracer.stack[-1][0] if tracer.stack else ""
         tracer.stack.append((paths.get(id(module), parent), module))
+        tracer.inputs.append([tracer.value(x) for x in tensors_in(args)])
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         path, _ = tracer.stack.pop()
+        tracer.inputs.pop()
         if isinstance(out, Tensor) and not any(True for _ in module.children()):
             tracer.taps.append((path, module, tracer.value(out)))
+            if tracer.sums is not None:
+                tracer.sums.append(_sums(tracer, out))
 
     handles = (
         module_hooks.register_module_forward_pre_hook(enter),
@@ -124,6 +142,17 @@ def _module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sums(tracer: Tracer, out: Tensor) -> Tensor:
+    """A module's output averaged over everything but its channel axes: enough to see where two runs part."""
+    axes = tracer.value(out).axes
+    if tracer.guide is not None and len(tracer.taps) <= len(tracer.guide.taps):
+        axes = tracer.guide.taps[len(tracer.taps) - 1][2].axes
+    if not out.is_floating_point() or len(axes) != out.ndim:
+        return torch.zeros(0)
+    rest = [d for d, v in enumerate(axes) if v is None]
+    return out.detach().mean(dim=rest) if rest else out.detach().clone()
 
 
 @contextmanager
@@ -146,7 +175,12 @@ def _plain_kernels(model: nn.Module) -> Iterator[None]:
 
 
 def labelled_call(
-    model: nn.Module, example: Example, tracer: Tracer, fake: FakeTensorMode | None, mask: Mask | None = None
+    model: nn.Module,
+    example: Example,
+    tracer: Tracer,
+    fake: FakeTensorMode | None,
+    mask: Mask | None = None,
+    watch: Watch | None = None,
 ) -> Run:
     """Run ``model`` (attrim's own copy) with labels; an error inside is returned, not raised."""
     run = Run(tracer)
@@ -158,7 +192,7 @@ def labelled_call(
         if fake is not None:
             stack.enter_context(fake)
         try:
-            with LabelMode(tracer, mask):
+            with LabelMode(tracer, mask, watch):
                 result = model(*example.args, **example.kwargs)
             run.outputs = outputs_of(result)
         except Exception as error:
@@ -177,6 +211,7 @@ class Engine:
     Attributes:
         real: run on real tensors.
         dtype: floating-point tensors are converted to it in a real run; None leaves them.
+        sums: collect averages of the leaf modules' outputs.
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
@@ -185,6 +220,7 @@ class Engine:
         self.example = example
         self.real = False
         self.dtype: torch.dtype | None = None
+        self.sums = False
 
     def run(
         self,
@@ -195,9 +231,10 @@ class Engine:
         attributes: Sequence[tuple[str, str, int]] = (),
         mask: Mask | None = None,
         guide: Tracer | None = None,
+        watch: Watch | None = None,
     ) -> Run:
         """A run in which every tensor carries ``labels`` (one vector per axis), after cutting to ``keep``."""
-        tracer = Tracer(book, dict(decisions), guide=guide)
+        tracer = Tracer(book, dict(decisions), guide=guide, sums=[] if self.sums else None)
         fake = None if self.real else FakeTensorMode(allow_non_fake_inputs=True)
         keep = keep or {}
         tensors = {}
@@ -216,7 +253,7 @@ class Engine:
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype or before)
         try:
-            return labelled_call(model, self._inputs(fake), tracer, fake, mask)
+            return labelled_call(model, self._inputs(fake), tracer, fake, mask, watch)
         finally:
             torch.set_default_dtype(before)
 

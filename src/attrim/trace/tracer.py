@@ -59,8 +59,12 @@ class Tracer:
         sites: operator number -> sites that were decided there.
         steps: per operator its name, the shapes and values it returned and the values it was given, to find the first
             operator that goes astray in a pruned network.
+        numbers: per operator the plain numbers among its arguments, if it is pointwise.
+        inputs: the tensors that each module on the stack was called with.
         chosen: operator number -> names of the options that were taken there.
         guide: the recorded run that a run on a cut network follows, so that it reads every site in the same way.
+        in_step: this operator has the same number and name as in the recorded run.
+        sums: averages of the leaf modules' outputs, if they are to be collected.
         places: per operator its full name, module path and source line.
         taps: module outputs in order of execution.
     """
@@ -71,7 +75,11 @@ class Tracer:
     steps: list[tuple[str, list[tuple[tuple[int, ...], Value]], list[Value]]] = field(default_factory=list)
     chosen: dict[int, list[str]] = field(default_factory=dict)
     guide: Tracer | None = None
+    in_step: bool = False
+    sums: list[Tensor] | None = None
     places: list[tuple[str, str, str]] = field(default_factory=list)
+    numbers: list[tuple[float, ...]] = field(default_factory=list)
+    inputs: list[list[Value]] = field(default_factory=list)
     taps: list[tuple[str, nn.Module, Value]] = field(default_factory=list)
     stack: list[tuple[str, nn.Module]] = field(default_factory=list)
     op: int = -1
@@ -144,20 +152,26 @@ class Tracer:
         taken = self.sites.setdefault(self.op, [])
         taken.append((key, len(options)))
         option = options[min(self.decisions.get(key, 0), len(options) - 1)]
-        if self.guide is not None:
+        if self.guide is not None and self.in_step:
             names = self.guide.chosen.get(self.op, [])
             recorded = names[len(taken) - 1] if len(names) >= len(taken) else ""
             option = next((o for o in options if o.name == recorded), option)
         self.chosen.setdefault(self.op, []).append(option.name)
         return option.action()
 
-    def guided_axis(self) -> int | None:
-        """The labelled axis of this operator's result in the recorded run, where labels alone cannot tell."""
-        if self.guide is None or self.op >= len(self.guide.steps):
-            return None
+    def guided_axes(self) -> list[int]:
+        """The labelled axes of this operator's result in the recorded run, for where labels alone cannot tell."""
+        if self.guide is None or not self.in_step:
+            return []
         _, outs, _ = self.guide.steps[self.op]
-        labelled = [d for d, v in enumerate(outs[0][1].axes) if v is not None] if outs else []
-        return labelled[0] if len(labelled) == 1 else None
+        return [d for d, v in enumerate(outs[0][1].axes) if v is not None] if outs else []
+
+    def module_widths(self, size: int) -> list[IntArray]:
+        """Label vectors of that length on the inputs of the enclosing modules, the innermost first."""
+        return [
+            v for values in reversed(self.inputs[-_STACK_DEPTH:]) for value in values for v in value.axes
+            if v is not None and len(v) == size
+        ]
 
     def attributes(self, size: int, names: Sequence[str] | None = None) -> list[Attribute]:
         """Int attributes of the enclosing modules that equal ``size``, the innermost module first."""

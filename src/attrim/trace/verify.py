@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,18 +19,19 @@ from attrim.trace.call import Call
 from attrim.trace.capture import Analysis, analyse
 from attrim.trace.inputs import Example, example_of
 from attrim.trace.labels import Checker, Conflict, Recorder
-from attrim.trace.probe import first_difference
+from attrim.trace.probe import Alive, Watcher
 from attrim.trace.rules.contract import CONTRACTED
 from attrim.trace.rules.reduce import REDUCED, reduced_dims
 from attrim.trace.run import Engine, Run
 from attrim.trace.tracer import Tracer
 
-__all__ = ["Verification", "verify"]
+__all__ = ["TOLERANCE", "Verification", "compare", "exact_part", "verify"]
 
 TOLERANCE = 1e-9
 """Largest relative difference in float64 that counts as equal."""
 
-Alive = npt.NDArray[np.bool_]
+_SHOWN = 8
+"""Conflicts that are listed at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,9 @@ class Verification:
     Attributes:
         ok: no conflict, and the part of the cut that should be exact is.
         exact: nothing that was cut is marked inexact.
-        max_error: largest difference between the pruned network and the masked original, relative to the largest output
-            (or to 1, if that is larger). For an inexact cut it is information, not a verdict.
+        max_error: largest difference between the pruned network and the masked original, relative to the largest value,
+            over all outputs and over the channel averages of every leaf module. For an inexact cut it is information, not
+            a verdict.
         exact_error: the same for the exactly removable channels alone, which is always judged.
         conflicts: places where the pruned network combines positions that do not belong together.
         effects: causes of inexactness -> groups that were cut in spite of it.
@@ -110,10 +111,10 @@ def verify(
     effects = _effects(analysis, alive)
     if conflicts:
         return Verification(False, not effects, float("inf"), float("inf"), tuple(conflicts), effects, "float64")
-    error, dtype = _numeric(analysis, small, alive)
+    error, dtype = compare(analysis, small, alive)
     exact_error = error
     if effects:
-        exact_error, dtype = _numeric(analysis, None, _exact_part(analysis, alive))
+        exact_error, dtype = compare(analysis, None, exact_part(analysis, alive))
     limit = tolerance if dtype == "float64" else max(tolerance, 1e-3)
     return Verification(exact_error <= limit, not effects, error, exact_error, (), effects, dtype)
 
@@ -152,7 +153,7 @@ def _torn(analysis: Analysis, alive: Alive) -> list[Conflict]:
     some[roots[~alive]] = True
     bad = np.flatnonzero(some & np.bincount(roots[alive], minlength=len(roots)).astype(bool))
     conflicts = []
-    for root in bad[:8].tolist():
+    for root in bad[:_SHOWN].tolist():
         gone = int(np.flatnonzero((roots == root) & ~alive)[0])
         stays = int(np.flatnonzero((roots == root) & alive)[0])
         text = f"{_position(analysis, gone)} is removed but {_position(analysis, stays)}, which belongs to it, stays"
@@ -160,7 +161,7 @@ def _torn(analysis: Analysis, alive: Alive) -> list[Conflict]:
     pinned = [
         r for r in np.unique(roots[~alive]).tolist() if r in analysis.solution.reasons and r not in set(bad.tolist())
     ]
-    for root in pinned[:8]:
+    for root in pinned[:_SHOWN]:
         reason = analysis.solution.reasons[root]
         text = f"{_position(analysis, root)} is removed but must stay: {reason.text}"
         conflicts.append(Conflict(Reason(text, reason.operator, reason.module, reason.source)))
@@ -184,7 +185,7 @@ def _effects(analysis: Analysis, alive: Alive) -> dict[str, tuple[str, ...]]:
     return {cause: tuple(names) for cause, names in effects.items()}
 
 
-def _exact_part(analysis: Analysis, alive: Alive) -> Alive:
+def exact_part(analysis: Analysis, alive: Alive) -> Alive:
     parts = analysis.parts
     inexact = np.asarray([bool(e) for e in parts.effects] + [False])
     return np.asarray(alive | inexact[parts.group_of])
@@ -197,15 +198,17 @@ def _coherence(analysis: Analysis, small: nn.Module, alive: Alive, example: Exam
     carried: dict[str, list[IntArray | None]] = {
         name: [None if v is None else units[v[alive[v]]] for v in vectors] for name, vectors in analysis.labels.items()
     }
-    run = engine.run(Checker(), carried, analysis.tracer.decisions, guide=analysis.tracer)
+    watch = Watcher(analysis, alive, units, stop_at_conflict=False)
+    run = engine.run(Checker(), carried, analysis.tracer.decisions, guide=analysis.tracer, watch=watch)
     assert isinstance(run.tracer.book, Checker)
-    if run.tracer.book.conflicts:
-        return run.tracer.book.conflicts
-    astray = first_difference(analysis, run, alive, units)
-    return [Conflict(astray.reason, astray.op)] if astray else []
+    conflicts = list(run.tracer.book.conflicts[:_SHOWN])
+    astray = watch.verdict(run)
+    if astray is not None and all(c.op != astray.op for c in conflicts):
+        conflicts.insert(0, Conflict(astray.reason, astray.op))
+    return conflicts
 
 
-def _numeric(analysis: Analysis, small: nn.Module | None, alive: Alive) -> tuple[float, str]:
+def compare(analysis: Analysis, small: nn.Module | None, alive: Alive) -> tuple[float, str]:
     """Largest relative difference of all outputs; in the model's own precision only where float64 cannot run."""
     result = _compare(analysis, small, alive, torch.float64)
     if result is not None:
@@ -215,26 +218,25 @@ def _numeric(analysis: Analysis, small: nn.Module | None, alive: Alive) -> tuple
 
 
 def _compare(analysis: Analysis, small: nn.Module | None, alive: Alive, dtype: torch.dtype | None) -> float | None:
+    """Run the masked original and the cut network side by side; None if one of them cannot run in ``dtype``."""
+    tracer = analysis.tracer
     engine = Engine(analysis.engine.model, analysis.engine.example)
-    engine.real, engine.dtype = True, dtype
-    decisions = analysis.tracer.decisions
-    masked = engine.run(Recorder(), analysis.labels, decisions, mask=_mask(alive))
+    engine.real, engine.dtype, engine.sums = True, dtype, True
+    masked = engine.run(Recorder(), analysis.labels, tracer.decisions, mask=_mask(alive), guide=tracer)
     if small is not None:
-        other = Engine(small, analysis.engine.example)
-        other.real, other.dtype = True, dtype
-        labels: Mapping[str, Sequence[IntArray | None]] = {n: [None] * t.ndim for n, t in other.named.tensors.items()}
-        cut = other.run(Recorder(), labels, decisions)
+        engine = Engine(small, analysis.engine.example)
+        engine.real, engine.dtype, engine.sums = True, dtype, True
+        cut = engine.run(Recorder(), _blank(engine), tracer.decisions, guide=tracer)
     else:
-        keep = _keep(analysis, alive)
-        attributes = analysis.attributes_at(alive)
-        cut = engine.run(Recorder(), _blank(analysis), decisions, keep, attributes)
+        keep, attributes = _keep(analysis, alive), analysis.attributes_at(alive)
+        cut = engine.run(Recorder(), _blank(engine), tracer.decisions, keep, attributes, guide=tracer)
     if masked.failure is not None or cut.failure is not None:
         return None
-    return _difference(masked, cut)
+    return max(_difference(masked, cut), _difference_inside(masked, cut, alive))
 
 
-def _blank(analysis: Analysis) -> dict[str, list[IntArray | None]]:
-    return {name: [None] * len(vectors) for name, vectors in analysis.labels.items()}
+def _blank(engine: Engine) -> dict[str, list[IntArray | None]]:
+    return {name: [None] * tensor.ndim for name, tensor in engine.named.tensors.items()}
 
 
 def _keep(analysis: Analysis, alive: Alive) -> dict[str, dict[int, IntArray]]:
@@ -247,17 +249,37 @@ def _keep(analysis: Analysis, alive: Alive) -> dict[str, dict[int, IntArray]]:
 
 
 def _difference(masked: Run, cut: Run) -> float:
+    """Largest relative difference over all outputs."""
     worst = 0.0
     for a, b in zip(masked.outputs, cut.outputs, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if a.is_floating_point() and a.numel():
-            scale = max(1.0, float(a.abs().max()))
-            gap = float((a - b).abs().max()) / scale
-            worst = max(worst, gap if gap == gap else float("inf"))
-        elif not a.is_floating_point() and not torch.equal(a, b):
+        if a.is_floating_point():
+            worst = max(worst, _relative(a, b))
+        elif a.shape != b.shape or not torch.equal(a, b):
             worst = float("inf")
     return worst
+
+
+def _difference_inside(masked: Run, cut: Run, alive: Alive) -> float:
+    """The same over the averages of every leaf module's surviving channels: a head of zeros must not hide a fault."""
+    worst = 0.0
+    ours, theirs = masked.tracer.sums or [], cut.tracer.sums or []
+    if len(ours) != len(theirs):
+        return worst  # another course of modules; the outputs decide
+    for (_, _, value), a, b in zip(masked.tracer.taps, ours, theirs, strict=True):
+        for d, vector in enumerate(v for v in value.axes if v is not None):
+            if a.numel():
+                a = a.index_select(d, torch.from_numpy(np.flatnonzero(alive[vector])).to(a.device))
+        worst = max(worst, _relative(a, b))
+    return worst
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    gap = float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30)
+    return gap if gap == gap else float("inf")
 
 
 def _mask(alive: Alive) -> Any:

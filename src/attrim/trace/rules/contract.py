@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attrim.core.cost import IntArray
 from attrim.trace.call import Call
-from attrim.trace.labels import Value
+from attrim.trace.labels import Cell, Value
 from attrim.trace.tracer import Option, Tracer
 
 __all__ = ["CONTRACTED", "RULES"]
@@ -44,8 +44,7 @@ def convolution(t: Tracer, call: Call) -> None:
     x, weight, bias, out = call["input"], call["weight"], call["bias"], call.out
     groups, transposed = call["groups"], call["transposed"]
     xv, wv = t.value(x), t.value(weight)
-    for vector in xv.axes[2:]:
-        t.pin(vector, "a convolution slides along the channel axis")
+    space = _untouched(t, call, xv)
     for vector in wv.axes[2:]:
         t.pin(vector, "kernel size")
     if groups == 1:
@@ -55,19 +54,34 @@ def convolution(t: Tracer, call: Call) -> None:
         channels = wv.axes[outside]
     else:
         channels = _grouped(t, x, weight, xv, wv, groups, transposed)
-    space = x if transposed else out
+    counted = x if transposed else out
     kernel = tuple(weight.shape[2:])
     _cost(
         t,
-        (*space.shape[2:], *kernel, space.shape[0], weight.shape[0], weight.shape[1]),
-        (*[None] * (len(space.shape[2:]) + len(kernel)), xv.axes[0], wv.axes[0], wv.axes[1]),
+        (*counted.shape[2:], *kernel, counted.shape[0], weight.shape[0], weight.shape[1]),
+        (*space, *[None] * len(kernel), xv.axes[0], wv.axes[0], wv.axes[1]),
     )
     if bias is not None:
         bv = t.value(bias)
         t.tie(bv.axes[0], channels)
         if not bv.live:
             t.role(bv.axes[0], "shift")
-    t.set(out, (xv.axes[0], channels, *[None] * (out.ndim - 2)), xv.live or wv.live)
+    t.set(out, (xv.axes[0], channels, *space), xv.live or wv.live)
+
+
+def _untouched(t: Tracer, call: Call, xv: Value) -> list[IntArray | None]:
+    """Labels on the spatial axes: a kernel of size 1 leaves them where they are, any other mixes neighbours."""
+    space: list[IntArray | None] = []
+    for k, vector in enumerate(xv.axes[2:]):
+        plain = call["weight"].shape[2 + k] == 1 and _at(call["stride"], k) == 1 and _at(call["padding"], k) == 0
+        if not plain:
+            t.pin(vector, "a convolution slides along the channel axis")
+        space.append(vector if plain else None)
+    return space
+
+
+def _at(values: Sequence[int], k: int) -> int:
+    return values[k] if len(values) > 1 else values[0]
 
 
 def _grouped(
@@ -203,7 +217,7 @@ def attention(t: Tracer, call: Call) -> None:
     outs = call.outputs
     t.set(outs[0], (*batch, vq.axes[-2], vv.axes[-1]), True)
     for out in outs[1:]:
-        t.set(out, (None,) * out.ndim, True)
+        t.set(out, (*batch, vq.axes[-2])[: out.ndim] if out.ndim == q.ndim - 1 else (None,) * out.ndim, True, Cell())
 
 
 class _Shape:

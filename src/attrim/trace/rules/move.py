@@ -226,6 +226,7 @@ def index(t: Tracer, call: Call) -> None:
     used = [d for d, i in enumerate(indices) if i is not None]
     for d in used:
         t.pin(value.axes[d], "indexed by position numbers held in a tensor")
+        t.pin_all([t.value(indices[d])], "holds position numbers")
     adjacent = bool(used) and used == list(range(used[0], used[-1] + 1))
     mask = any(indices[d].dtype in (torch.bool, torch.uint8) for d in used)
     if not adjacent or mask:
@@ -245,6 +246,7 @@ def along(t: Tracer, call: Call) -> None:
     dims = range(x.ndim) if dim is None else [dim % max(1, x.ndim)]
     for d in dims:
         t.pin(value.axes[d], f"{call.name} along the channel axis depends on position")
+    t.pin_all([t.value(other) for other in call.inputs[1:]], "holds position numbers")
     for out in call.outputs:
         if out.ndim == x.ndim:
             t.set(out, [None if d in dims else v for d, v in enumerate(value.axes)], True)

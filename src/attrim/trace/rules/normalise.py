@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-
 from attrim.core.cost import IntArray
 from attrim.trace.call import Call
+from attrim.trace.labels import Cell
 from attrim.trace.tracer import Option, Tracer
 
 __all__ = ["RULES"]
@@ -28,7 +28,7 @@ def batch_norm(t: Tracer, call: Call) -> None:
     outs = call.outputs
     t.set(outs[0], value.axes, value.live)
     for out in outs[1:]:
-        t.set(out, (None,) * out.ndim, value.live)
+        t.set(out, (value.axes[1],) if out.ndim == 1 else (None,) * out.ndim, value.live, Cell())
 
 
 def layer_norm(t: Tracer, call: Call) -> None:
@@ -53,7 +53,7 @@ def layer_norm(t: Tracer, call: Call) -> None:
     outs = call.outputs
     t.set(outs[0], axes, value.live)
     for out in outs[1:]:
-        t.set(out, (None,) * out.ndim, value.live)
+        t.set(out, (None,) * out.ndim, value.live, Cell())
 
 
 def _normalised_shape(t: Tracer, labelled: list[tuple[int, IntArray]], count: int) -> None:
@@ -88,7 +88,7 @@ def group_norm(t: Tracer, call: Call) -> None:
     outs = call.outputs
     t.set(outs[0], [vector if d == 1 else v for d, v in enumerate(value.axes)], value.live)
     for out in outs[1:]:
-        t.set(out, (None,) * out.ndim, value.live)
+        t.set(out, (None,) * out.ndim, value.live, Cell())
 
 
 def _group_channels(t: Tracer, vector: IntArray, groups: int) -> IntArray | None:

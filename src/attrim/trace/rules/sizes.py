@@ -54,9 +54,9 @@ def _whole(t: Tracer, labels: IntArray, dims: tuple[int, ...], varying: list[int
         axis = varying[0]
     else:
         wide = [k for k in range(labels.ndim) if labels.shape[k] > 1]
-        guided = t.guided_axis()
-        if guided in dims:
-            wide = [dims.index(guided)]
+        guided = [dims.index(d) for d in t.guided_axes() if d in dims]
+        if len(guided) == 1:
+            wide = guided
         if len(wide) > 1:
             t.pin(labels.ravel()[:1], "a single channel is spread over several axes")
             return 0, None
