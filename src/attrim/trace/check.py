@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from attrim.core.channels import Reason
 from attrim.trace.capture import Analysis, conclude
-from attrim.trace.probe import labels_of, random_cut
+from attrim.trace.probe import labels_of, random_cut, smallest
 from attrim.trace.run import Run
 from attrim.trace.verify import TOLERANCE, compare, exact_part
 
@@ -25,7 +26,7 @@ def check_numbers(analysis: Analysis) -> Analysis:
         groups = [g for g, effects in enumerate(analysis.parts.effects) if not effects]
         if not groups or not _fails(analysis, groups):
             return analysis
-        bad = _smallest(analysis, groups)
+        bad = smallest(groups, partial(_fails, analysis))
         reason = Reason(
             "removing its channels changes more than zeroing them does: a number in the code depends on the width "
             "(for example a mean written as a sum divided by x.shape[1])"
@@ -39,15 +40,3 @@ def _fails(analysis: Analysis, groups: Sequence[int]) -> bool:
     alive = exact_part(analysis, random_cut(analysis, groups))
     error, dtype = compare(analysis, None, alive)
     return not np.isfinite(error) or error > (TOLERANCE if dtype == "float64" else 1e-3)
-
-
-def _smallest(analysis: Analysis, groups: list[int]) -> list[int]:
-    while len(groups) > 1:
-        half = len(groups) // 2
-        if _fails(analysis, groups[:half]):
-            groups = groups[:half]
-        elif _fails(analysis, groups[half:]):
-            groups = groups[half:]
-        else:
-            return groups
-    return groups

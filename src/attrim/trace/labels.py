@@ -20,9 +20,15 @@ __all__ = ["Cell", "Checker", "Conflict", "CostTerm", "LabelSpace", "Recorder", 
 
 @dataclass(slots=True)
 class Cell:
-    """Whether a constant tensor still holds the same value everywhere; shared by a tensor and all its views."""
+    """Shared by a freshly made tensor and all its views.
+
+    Attributes:
+        on: it still holds the same value everywhere.
+        live: an activation was written into it.
+    """
 
     on: bool = True
+    live: bool = False
 
 
 @dataclass(slots=True)
@@ -33,11 +39,13 @@ class Value:
         axes: per dimension the labels of its positions, shape ``(size,)``, or None where no label varies.
         live: computed from the network's inputs (an activation) rather than from parameters alone.
         constant: set for a tensor filled with one value: any part of it is as good as any other.
+        free: axes that were expanded from size 1, so that their size follows whatever they meet.
     """
 
     axes: tuple[IntArray | None, ...]
     live: bool
     constant: Cell | None = None
+    free: frozenset[int] = frozenset()
 
     @property
     def labelled(self) -> bool:
@@ -46,6 +54,10 @@ class Value:
     @property
     def uniform(self) -> bool:
         return self.constant is not None and self.constant.on
+
+    def indifferent(self, dim: int) -> bool:
+        """Whether the size of an unlabelled axis follows whatever it meets."""
+        return self.uniform or dim in self.free
 
 
 class CostTerm(NamedTuple):

@@ -8,7 +8,7 @@ is the place. Its site moves on to the next option; where there is none, the cha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +17,12 @@ import numpy.typing as npt
 from attrim.core.channels import Reason
 from attrim.core.cost import IntArray
 from attrim.errors import TraceError
-from attrim.trace.capture import Analysis, Pins, record
-from attrim.trace.labels import Checker, LabelSpace, Value
+from attrim.trace.capture import Analysis, Pins, conclude, record
+from attrim.trace.labels import Checker, LabelSpace, Recorder, Value
 from attrim.trace.run import Engine, Run
 from attrim.trace.tracer import SiteKey, Tracer
 
-__all__ = ["Alive", "Astray", "Watcher", "coherence", "labels_of", "random_cut", "settle"]
+__all__ = ["Alive", "Astray", "Watcher", "coherence", "labels_of", "random_cut", "settle", "smallest"]
 
 Alive = npt.NDArray[np.bool_]
 """label -> stays."""
@@ -41,17 +41,38 @@ class Astray:
 def settle(engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntArray | None]]) -> Analysis:
     """Record and probe until a randomly cut copy runs coherently."""
     decisions: dict[SiteKey, int] = {}
+    tried: set[tuple[tuple[SiteKey, int], ...]] = set()
     extra: Pins = []
+    astray = None
     for _ in range(_LIMIT):
         analysis = record(engine, space, labels, decisions, extra)
-        if not analysis.tracer.sites:
+        if not analysis.parts.sizes.size:
             return analysis
-        astray = coherence(analysis, random_cut(analysis))
+        astray, number = coherence(analysis, random_cut(analysis))
         if astray is None:
-            return analysis
-        if not _advance(analysis, decisions, astray.op):
+            return _numbers(analysis) if number else analysis
+        if not _advance(analysis, decisions, astray.op, tried):
             extra += _culprits(analysis, astray)
     raise TraceError(f"tracing did not settle after {_LIMIT} probes; last: {astray.reason if astray else ''}.")
+
+
+def _numbers(analysis: Analysis) -> Analysis:
+    """Mark the groups whose width shows up as a number in the code (``x / x.shape[1]``): inexact, with the line."""
+    assert isinstance(analysis.tracer.book, Recorder)
+    active = list(range(len(analysis.parts.sizes)))
+    effects: list[tuple[IntArray, str]] = []
+    while active:
+        _, number = coherence(analysis, random_cut(analysis, active))
+        if number is None:
+            break
+        bad = smallest(active, lambda part: coherence(analysis, random_cut(analysis, part))[1] is not None)
+        effects += [
+            (labels_of(analysis, [g]), f"a number computed from the width at {number.reason.source}") for g in bad
+        ]
+        active = [g for g in active if g not in bad]
+    analysis.tracer.book.effects += effects
+    run = Run(analysis.tracer, analysis.outputs)
+    return conclude(analysis.engine, analysis.space, analysis.labels, run, analysis.extra)
 
 
 def random_cut(analysis: Analysis, groups: Sequence[int] | None = None) -> Alive:
@@ -71,8 +92,9 @@ def random_cut(analysis: Analysis, groups: Sequence[int] | None = None) -> Alive
     return alive_label
 
 
-def coherence(analysis: Analysis, alive: Alive) -> Astray | None:
-    """Run a cut copy; None if every operator did on the survivors what it did on the whole."""
+def coherence(analysis: Analysis, alive: Alive) -> tuple[Astray | None, Astray | None]:
+    """Run a cut copy. First: the operator that did not do on the survivors what it did on the whole, or None. Second: a
+    pointwise operator whose number changed with a width, or None."""
     units = analysis.parts.units
     keep: dict[str, dict[int, IntArray]] = {}
     carried: dict[str, list[IntArray | None]] = {}
@@ -94,8 +116,8 @@ def coherence(analysis: Analysis, alive: Alive) -> Astray | None:
             Checker(), carried, analysis.tracer.decisions, keep, attributes, guide=analysis.tracer, watch=watch
         )
     except Exception as error:  # an attribute table that refuses the cut
-        return Astray(len(analysis.tracer.steps), Reason(f"{type(error).__name__}: {error}"))
-    return watch.verdict(run)
+        return Astray(len(analysis.tracer.steps), Reason(f"{type(error).__name__}: {error}")), None
+    return watch.verdict(run), watch.number
 
 
 class _Stop(Exception):
@@ -112,6 +134,7 @@ class Watcher:
         self.stop_at_conflict = stop_at_conflict
         self.in_step = True
         self.astray: Astray | None = None
+        self.number: Astray | None = None
 
     def __call__(self, tracer: Tracer) -> None:
         """After each operator: end the run where it departs from the recorded one."""
@@ -120,14 +143,21 @@ class Watcher:
         op = tracer.op
         if self.in_step and op < len(recorded.steps):
             (name, was, _), (now_name, now, _) = recorded.steps[op], tracer.steps[op]
-            if name != now_name or len(was) != len(now):
+            if name != now_name:
                 self.in_step = False  # another course of operators; ties still watch over it
-            elif any(_differs(before, after, self.units, self.alive) for before, after in zip(was, now, strict=True)):
+            elif len(was) != len(now) or any(map(self._differs, was, now)):
                 text = "takes other positions once a width has changed"
                 self.astray = Astray(op, Reason(text, *recorded.places[op]))
                 raise _Stop
+            elif self.number is None and recorded.numbers[op] != tracer.numbers[op]:
+                was_number, number = recorded.numbers[op], tracer.numbers[op]
+                text = f"a number in the code follows the width ({was_number} became {number})"
+                self.number = Astray(op, Reason(text, *recorded.places[op]))
         if self.stop_at_conflict and tracer.book.conflicts:
             raise _Stop
+
+    def _differs(self, before: tuple[tuple[int, ...], Value], after: tuple[tuple[int, ...], Value]) -> bool:
+        return _differs(before, after, self.units, self.alive)
 
     def verdict(self, run: Run) -> Astray | None:
         """The first place at which the run went astray."""
@@ -151,7 +181,7 @@ def _differs(
         return True
     for d, vector in enumerate(value.axes):
         if vector is None:
-            if shape[d] != new_shape[d] and not value.uniform:
+            if shape[d] != new_shape[d] and not value.indifferent(d):
                 return True
             continue
         expected = units[vector[alive[vector]]]
@@ -166,21 +196,27 @@ def _differs(
     return False
 
 
-def _advance(analysis: Analysis, decisions: dict[SiteKey, int], op: int) -> bool:
+def _advance(
+    analysis: Analysis, decisions: dict[SiteKey, int], op: int, tried: set[tuple[tuple[SiteKey, int], ...]]
+) -> bool:
     """Move the sites at an operator on, the last decided first, like an odometer; pinning comes after all else."""
-    sites = analysis.tracer.sites.get(op, [])
+    sites = [
+        (key, options) for key, options in analysis.tracer.sites.get(op, []) if decisions.get(key, 0) < options - 1
+    ]
     if not sites:
         return False
     for key, options in reversed(sites):
         current = decisions.get(key, 0)
         if current < options - 2:
             decisions[key] = current + 1
-            return True
-        if current == options - 1:
-            return False
+            break
         decisions[key] = 0
-    for key, options in sites:
-        decisions[key] = options - 1
+    else:
+        decisions.update({key: options - 1 for key, options in sites})
+    state = tuple(sorted(decisions.items(), key=str))
+    if state in tried:  # sites that share a line undo each other's choice
+        decisions.update({key: options - 1 for key, options in sites})
+    tried.add(state)
     return True
 
 
@@ -194,9 +230,11 @@ def _culprits(analysis: Analysis, astray: Astray) -> Pins:
         involved = involved[parts.group_of[involved] >= 0]
         if involved.size:
             groups = np.unique(parts.group_of[involved]).tolist()
-            if coherence(analysis, random_cut(analysis, groups)) is not None:
+            if coherence(analysis, random_cut(analysis, groups))[0] is not None:
                 return [(involved, _cannot(astray))]
-    groups = _smallest_failing(analysis)
+    groups = smallest(
+        list(range(len(parts.sizes))), lambda part: coherence(analysis, random_cut(analysis, part))[0] is not None
+    )
     return [(labels_of(analysis, groups), _cannot(astray))]
 
 
@@ -210,15 +248,14 @@ def _cannot(astray: Astray) -> Reason:
     return Reason(f"the network does not run with a smaller width: {r.text}", r.operator, r.module, r.source)
 
 
-def _smallest_failing(analysis: Analysis) -> list[int]:
-    """Bisect the groups: a half that fails alone is followed, else the other; where neither fails alone, both are named."""
-    groups = list(range(len(analysis.parts.sizes)))
+def smallest(groups: list[int], fails: Callable[[list[int]], bool]) -> list[int]:
+    """Bisect: a half that fails alone is followed; where neither half fails alone, all are named."""
     while len(groups) > 1:
         half = len(groups) // 2
-        if coherence(analysis, random_cut(analysis, groups[:half])) is not None:
+        if fails(groups[:half]):
             groups = groups[:half]
-        elif coherence(analysis, random_cut(analysis, groups[half:])) is not None:
+        elif fails(groups[half:]):
             groups = groups[half:]
         else:
-            return groups
+            break
     return groups

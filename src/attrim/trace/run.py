@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -174,6 +175,18 @@ def _plain_kernels(model: nn.Module) -> Iterator[None]:
                 stack.close()
 
 
+@contextmanager
+def _quiet_failures() -> Iterator[None]:
+    """Fake tensors log every operator that refuses its sizes; here a refusal is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def labelled_call(
     model: nn.Module,
     example: Example,
@@ -191,6 +204,7 @@ def labelled_call(
         stack.enter_context(_module_stack(model, tracer))
         if fake is not None:
             stack.enter_context(fake)
+            stack.enter_context(_quiet_failures())
         try:
             with LabelMode(tracer, mask, watch):
                 result = model(*example.args, **example.kwargs)
@@ -242,7 +256,7 @@ class Engine:
             copied = self._tensor(tensor, keep.get(name, {}), fake)
             copied._attrim_value = Value(tuple(labels[name]), live=False)  # type: ignore[attr-defined]
             if name in self.named.parameters:
-                copied._is_param = True  # type: ignore[attr-defined]
+                copied._is_param = True
             tensors[name] = copied
         model = copy_with(self.model, self.named, tensors)
         if keep:

@@ -20,6 +20,9 @@ HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attentio
                "num_kv_heads", "n_kv_heads", "h", "groups", "num_groups", "n_groups")  # fmt: skip
 """Names under which code keeps the number of blocks that a view splits an axis into."""
 
+_RECENT = 16
+"""How many operators back a width may come from that code computes a size with."""
+
 _STACK_DEPTH = 3
 """How many enclosing modules are searched for the attribute that states a width."""
 
@@ -93,12 +96,21 @@ class Tracer:
         found: Value | None = getattr(tensor, "_attrim_value", None)
         if found is None:
             found = Value((None,) * tensor.ndim, live=False)
+        elif found.constant is not None and found.constant.live:
+            found.live = True
         return found
 
-    def set(self, tensor: Tensor, axes: Sequence[IntArray | None], live: bool, constant: Cell | None = None) -> None:
+    def set(
+        self,
+        tensor: Tensor,
+        axes: Sequence[IntArray | None],
+        live: bool,
+        constant: Cell | None = None,
+        free: frozenset[int] = frozenset(),
+    ) -> None:
         """Attach labels to an output. A vector of zeros says nothing and is dropped."""
         clean = tuple(v if v is not None and v.any() else None for v in axes)
-        tensor._attrim_value = Value(clean, live, constant)  # type: ignore[attr-defined]
+        tensor._attrim_value = Value(clean, live, constant, free)  # type: ignore[attr-defined]
 
     # -- notes ----------------------------------------------------------------------------------------------------
 
@@ -112,6 +124,8 @@ class Tracer:
         if a is None and b is None:
             return
         if a is None or b is None:
+            if isinstance(self.book, Checker) and len(b if a is None else a) == 1:  # type: ignore[arg-type]
+                return  # one survivor meets an axis of size 1, which never had a label
             self.pin(b if a is None else a, text or "meets a tensor whose size does not follow the cut")
             return
         self.book.tie(a, b, self.here(text or "meets positions that must stay"))
@@ -169,7 +183,10 @@ class Tracer:
     def module_widths(self, size: int) -> list[IntArray]:
         """Label vectors of that length on the inputs of the enclosing modules, the innermost first."""
         return [
-            v for values in reversed(self.inputs[-_STACK_DEPTH:]) for value in values for v in value.axes
+            v
+            for values in reversed(self.inputs[-_STACK_DEPTH:])
+            for value in values
+            for v in value.axes
             if v is not None and len(v) == size
         ]
 

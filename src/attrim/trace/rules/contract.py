@@ -104,12 +104,12 @@ def _grouped(
             t.pin(rows, "contracted with an axis that does not follow the cut")
         if rows is not None:
             parts.append(rows.reshape(groups, -1))
-        elif x_table is not None:
+        elif x_table is not None and not wv.indifferent(0):
             t.pin(x_table.ravel(), "meets a grouped weight whose size does not follow the cut")
         if not parts:
             return None
         unit = t.merge(np.concatenate(parts, axis=1), 0)
-        return np.repeat(unit, outs) if transposed else rows
+        return np.repeat(unit, outs) if transposed or rows is None else rows
 
     def places() -> IntArray | None:
         inner = rows.reshape(groups, ins) if transposed and rows is not None else None
@@ -239,7 +239,23 @@ def _heads(t: Tracer, a: IntArray | None, b: IntArray | None, na: int, nb: int) 
         t.pin(b, "attention heads are broadcast")
 
 
+def trilinear(t: Tracer, call: Call) -> None:
+    """nn.Bilinear: Σ_ij x1_i W_oij x2_j."""
+    a, weight, b = (t.value(call[name]) for name in ("i1", "i2", "i3"))
+    if weight.live or len(weight.axes) != 3 or call["sumdim"] != [2, 3]:
+        t.pin_all([a, weight, b], "a trilinear product of an unusual form")
+        t.set(call.out, (None,) * call.out.ndim, True)
+        return
+    _contract(t, a, -1, weight, 1)
+    _contract(t, b, -1, weight, 2)
+    t.role(weight.axes[0], "out")
+    t.role(weight.axes[1], "in")
+    t.role(weight.axes[2], "in")
+    t.set(call.out, (*[None] * (call.out.ndim - 1), weight.axes[0]), True)
+
+
 RULES = {
+    "_trilinear": trilinear,
     "convolution": convolution,
     "_convolution": convolution,
     "linear": linear,
@@ -256,6 +272,7 @@ CONTRACTED: dict[str, tuple[tuple[str, int], ...]] = {
     "convolution": (("input", 1),),
     "_convolution": (("input", 1),),
     "linear": (("input", -1),),
+    "_trilinear": (("i1", -1), ("i3", -1)),
     "mm": (("self", 1), ("mat2", 0)),
     "bmm": (("self", 2), ("mat2", 1)),
     "addmm": (("mat1", 1), ("mat2", 0)),

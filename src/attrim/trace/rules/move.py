@@ -23,7 +23,7 @@ def same(t: Tracer, call: Call) -> None:
     """clone, detach, to: every position stays where it is."""
     value = t.value(call.inputs[0])
     for out in call.outputs:
-        t.set(out, value.axes, value.live, value.constant)
+        t.set(out, value.axes, value.live, value.constant, value.free)
 
 
 def permute(t: Tracer, call: Call) -> None:
@@ -131,7 +131,7 @@ def concat(t: Tracer, call: Call) -> None:
             pieces = [np.zeros(n, np.int64) if v is None else v for v, n in zip(vectors, sizes, strict=True)]
             axes.append(np.concatenate(pieces) if any(v is not None for v in vectors) else None)
         else:
-            axes.append(tie_all(t, vectors, [v.uniform or out.shape[d] == 1 for v in values]))
+            axes.append(tie_all(t, vectors, [v.indifferent(d) or out.shape[d] == 1 for v in values]))
     t.set(out, axes, live)
 
 
@@ -171,16 +171,15 @@ def expand(t: Tracer, call: Call) -> None:
     x, out = call.inputs[0], call.outputs[0]
     value = t.value(x)
     shift = out.ndim - x.ndim
-    axes: list[IntArray | None] = [None] * shift
     tables: list[tuple[IntArray, tuple[int, ...]]] = []
     for d, vector in enumerate(value.axes):
-        if vector is not None and x.shape[d] != out.shape[d + shift]:
-            t.pin(vector, "an axis of one channel is expanded")
-            vector = None
-        axes.append(None)
-        if vector is not None:
+        if vector is not None and x.shape[d] == out.shape[d + shift]:
             tables.append((vector, (d + shift,)))
+        else:
+            t.pin(vector, "an axis of one channel is expanded")
     place(t, call, value, out, tables)
+    grown = {d for d in range(out.ndim) if d < shift or x.shape[d - shift] != out.shape[d]}
+    t.value(out).free = frozenset(grown | {d + shift for d in value.free})
 
 
 def repeat(t: Tracer, call: Call) -> None:

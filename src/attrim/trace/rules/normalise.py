@@ -28,7 +28,8 @@ def batch_norm(t: Tracer, call: Call) -> None:
     outs = call.outputs
     t.set(outs[0], value.axes, value.live)
     for out in outs[1:]:
-        t.set(out, (value.axes[1],) if out.ndim == 1 else (None,) * out.ndim, value.live, Cell())
+        per_channel = out.ndim == 1 and out.shape[0] == call["input"].shape[1]  # empty in eval mode
+        t.set(out, (value.axes[1],) if per_channel else (None,) * out.ndim, value.live, Cell())
 
 
 def layer_norm(t: Tracer, call: Call) -> None:

@@ -26,10 +26,10 @@ def pointwise(t: Tracer, call: Call) -> None:
                     k = d - out.ndim + x.ndim
                     if k >= 0 and x.shape[k] == out.shape[d]:
                         vectors.append(v.axes[k])
-                        free.append(v.uniform or x.shape[k] == 1)
+                        free.append(v.indifferent(k) or x.shape[k] == 1)
                 axes[d] = tie_all(t, vectors, free)
-        constant = values[0].constant if len(values) == 1 else None
-        t.set(out, axes, live, constant)
+        alone = values[0] if len(values) == 1 else None
+        t.set(out, axes, live, alone.constant if alone else None, alone.free if alone else frozenset())
 
 
 def copy(t: Tracer, call: Call) -> None:
@@ -39,7 +39,8 @@ def copy(t: Tracer, call: Call) -> None:
     if written.constant is not None and written.constant.on:
         t.pin_all([t.value(source)], "copied into a freshly made buffer")
         written.constant.on = False
-        t.set(target, (None,) * target.ndim, t.value(source).live)
+        written.constant.live = written.constant.live or t.value(source).live
+        t.set(target, (None,) * target.ndim, t.value(source).live, written.constant)
         return
     pointwise(t, call)
 

@@ -41,6 +41,7 @@ def place(t: Tracer, call: Call, value: Value, out: Tensor, tables: Sequence[Tab
             continue
         if axes[dim] is not None:
             t.pin(vector, "two channel axes are merged into one")
+            t.pin(axes[dim], "two channel axes are merged into one")
         else:
             axes[dim] = vector
     if not was_split and any(v is not None for v in axes):
@@ -78,25 +79,55 @@ def _split(
                     t.follow(found, vector)
             return dims[axis], vector
 
-        return Option(f"keep factor {axis}", action)
+        return Option(f"keep factor {axis}" + (f" and {attribute}" if attribute else ""), action)
 
     def stay() -> tuple[int, IntArray | None]:
         t.pin(labels.ravel(), f"an axis is split into {tuple(labels.shape)} and {_CONSTANT}")
         return 0, None
 
-    options = []
-    for axis in varying:
-        for head in t.attributes(labels.shape[axis], HEAD_COUNTS)[:1]:
-            options.append(keep(axis, head.name))
-    by_size = sorted(varying, key=lambda k: (labels.shape[k] == labels.shape[varying[0]] and k != varying[-1], -k))
+    options = [keep(axis, head.name) for axis in varying for head in t.attributes(labels.shape[axis], HEAD_COUNTS)[:1]]
+    flat = call.inputs[0].ndim == 2  # a flat vector becomes maps: channels come first
+    by_size = (
+        varying
+        if flat
+        else sorted(varying, key=lambda k: (labels.shape[k] == labels.shape[varying[0]] and k != varying[-1], -k))
+    )
     if call.name.startswith("pixel") or call.name == "im2col":
         by_size = sorted(varying, key=lambda k: k)
     options += [keep(axis) for axis in by_size]
+    options += _coupled(t, labels, dims, by_size)
     for axis in varying:
         options += [keep(axis, a.name) for a in t.attributes(labels.shape[axis]) if a.name not in HEAD_COUNTS]
     options.append(Option("pin", stay))
     chosen: tuple[int, IntArray | None] = t.decide("split", options)
     return chosen
+
+
+def _coupled(t: Tracer, labels: IntArray, dims: tuple[int, ...], axes: Sequence[int]) -> list[Option]:
+    """``reshape(b, n, 3, heads, c // heads)`` with ``c`` the width of the module's input: both widths shrink together.
+
+    The input's channel (h, d) goes with the split axis' (h, d), the same d in every head, so that ``c // heads`` stays true.
+    """
+    options = []
+    for axis in axes:
+        inner = [k for k in range(labels.ndim) if labels.shape[k] > 1 and k <= axis]
+        size = 1
+        for first in reversed(inner):
+            size *= labels.shape[first]
+            widths = t.module_widths(size) if first != axis else []
+            if widths:
+                options += [_couple(t, labels, dims, axis, width) for width in widths[:3]]
+                break
+    return options
+
+
+def _couple(t: Tracer, labels: IntArray, dims: tuple[int, ...], axis: int, width: IntArray) -> Option:
+    def action() -> tuple[int, IntArray | None]:
+        vector = t.merge(labels, axis)
+        t.tie(t.merge(width.reshape(-1, labels.shape[axis]), 1), vector)
+        return dims[axis], vector
+
+    return Option(f"keep factor {axis} with the input's width", action)
 
 
 def _sized(t: Tracer, call: Call, axes: list[IntArray | None]) -> list[IntArray | None]:
