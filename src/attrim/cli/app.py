@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
 
+INTERRUPTED = 130
+
 _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -75,10 +77,11 @@ def run(arguments: Sequence[str]) -> int:
         try:
             status = typer.main.get_command(app).main(list(arguments), prog_name="attrim", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):
-            paragraph("interrupted")
-            return 130
+            status = INTERRUPTED
         except Exception as error:  # the last line of defence: a person reads this, not a program
             return _explain(error, debug)
+    if status == INTERRUPTED:  # typer returns it, or raises, depending on its version
+        paragraph("interrupted")
     return status if isinstance(status, int) else 0
 
 

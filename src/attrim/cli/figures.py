@@ -27,7 +27,8 @@ class Measured:
 
     def table(self, title: str = "") -> Table:
         """Before and after side by side."""
-        threads = f", {self.timing.threads} threads" if self.timing.device == "cpu" else ""
+        count = self.timing.threads
+        threads = f", {count} thread{'s' if count > 1 else ''}" if self.timing.device == "cpu" else ""
         return comparison_table(self.before, self.after, title=title, latency=f"latency, {self.timing.device}{threads}")
 
     def log(self) -> dict[str, Any]:

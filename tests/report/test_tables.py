@@ -1,0 +1,59 @@
+"""Tables: text, Markdown, and the words for a change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import attrim
+from attrim.report import Figures, Table, channel_table, comparison_table, pinned_table
+from attrim.report.tables import quantity
+
+TABLE = Table("t", ("name", "n"), (("x", "1"), ("long", "12")), frozenset({1}))
+
+
+def test_text_is_aligned():
+    assert TABLE.text() == "t\nname   n\nx      1\nlong  12"
+
+
+def test_markdown():
+    assert TABLE.markdown() == "| name | n |\n| --- | ---: |\n| x | 1 |\n| long | 12 |"
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (999, "", "999"),
+        (855_770, "", "855.77 k"),
+        (125_485_696, "", "125.49 M"),
+        (4.1e9, "", "4.10 G"),
+        (3_400, "B", "3.40 kB"),
+    ],
+)
+def test_quantities(value, unit, text):
+    assert quantity(value, unit) == text
+
+
+def test_comparison():
+    table = comparison_table(
+        Figures(1000, 100, 0.9, 4000, 2.0), Figures(500, 60, 0.885, 2400, 1.0), latency="latency, cpu"
+    )
+    assert table.rows == (
+        ("accuracy", "90.00%", "88.50%", "-1.50 points"),
+        ("MACs", "1.00 k", "500", "50.0% kept"),
+        ("parameters", "100", "60", "60.0% kept"),
+        ("weights file", "4.00 kB", "2.40 kB", "60.0% kept"),
+        ("latency, cpu", "2.00 ms", "1.00 ms", "2.00 x as fast"),
+    )
+    assert [row[0] for row in comparison_table(Figures(2, 2), Figures(1, 1)).rows] == ["MACs", "parameters"]
+
+
+def test_channels_and_pins_of_a_network():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    channels = attrim.trace(model, torch.zeros(1, 3, 8, 8))
+    assert channel_table(channels).rows == (("0", "8", "3", "yes"),)
+    pins = pinned_table(channels)
+    assert pins.rows[0][0] in {"0.weight:1", "2.weight:0"}
+    output = next(row for row in pins.rows if "output" in row[2])
+    assert (output[0], output[1]) == ("2.weight:0", "+1")  # the weight and its bias, one reason
