@@ -69,7 +69,7 @@ class BufferPerChannel(nn.Module):
 @pattern(
     "buffer_permutation",
     "stem.weight:0",
-    "head.weight:1",
+    "last.weight:1",
     must_refuse=("conv.weight:0",),
     note="a buffer of channel numbers reorders the channels of conv; they stay until it can be renumbered",
 )

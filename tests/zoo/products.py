@@ -107,6 +107,7 @@ class BilinearLayer(nn.Module):
     inputs=tokens(2, 5, 6),
     inexact=("softmax",),
     independent_oracle=False,
+    consumers=("w1:1",),
     note="experts and hidden units are merged into one axis; they may stay",
 )
 class MixtureOfExperts(nn.Module):

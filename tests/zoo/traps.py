@@ -44,7 +44,7 @@ class MeanByHand(_Stem):
         return self.tail(x - x.sum(1, keepdim=True) / x.shape[1])
 
 
-@pattern("l2_normalise", *BOTH, "conv2.weight:0")
+@pattern("l2_normalise", *BOTH, "conv2.weight:0", producers=("conv2.*:0",))
 class L2Normalise(_Stem):
     """F.normalize over channels: removed zeros count for nothing, so it is exact."""
 
