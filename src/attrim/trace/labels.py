@@ -162,7 +162,8 @@ class Checker:
             self._conflict("combines positions of different channels", reason)
 
     def pin(self, labels: IntArray, reason: Reason) -> None:
-        if labels.any():
+        # a single survivor looks like an axis without labels wherever its size is 1; it cannot be out of order
+        if (labels != labels[0]).any():
             self._conflict(reason.text, reason)
 
     def effect(self, labels: IntArray, text: str) -> None:

@@ -46,6 +46,8 @@ def settle(engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntA
     astray = None
     for _ in range(_LIMIT):
         analysis = record(engine, space, labels, decisions, extra)
+        if _dead_end(analysis, decisions, tried):
+            continue
         if not analysis.parts.sizes.size:
             return analysis
         astray, number = coherence(analysis, random_cut(analysis))
@@ -189,7 +191,7 @@ def _differs(
             return True
         actual = new_value.axes[d]
         if actual is None:
-            if expected.any():
+            if (expected != expected[0]).any():  # a single survivor's label may be lost on an axis of size 1
                 return True
         elif len(actual) != len(expected) or (actual != expected).any():
             return True
@@ -205,6 +207,11 @@ def _advance(
     ]
     if not sites:
         return False
+    if sites[0][0].kind != "split" and all(decisions.get(key, 0) >= options - 2 for key, options in sites):
+        earlier = _split_upstream(analysis, decisions, op)
+        if earlier is not None and _advance(analysis, decisions, earlier, tried):
+            decisions.update({key: 0 for key, _ in sites})
+            return True
     for key, options in reversed(sites):
         current = decisions.get(key, 0)
         if current < options - 2:
@@ -218,6 +225,36 @@ def _advance(
         decisions.update({key: options - 1 for key, options in sites})
     tried.add(state)
     return True
+
+
+def _split_upstream(analysis: Analysis, decisions: Mapping[SiteKey, int], op: int) -> int | None:
+    """The nearest earlier split of the same channels that has another option: a size may fail because of it."""
+    mine = _roots_at(analysis, op)
+    for earlier in range(op - 1, -1, -1):
+        for key, options in analysis.tracer.sites.get(earlier, []):
+            if key.kind == "split" and decisions.get(key, 0) < options - 2 and mine & _roots_at(analysis, earlier):
+                return earlier
+    return None
+
+
+def _roots_at(analysis: Analysis, op: int) -> set[int]:
+    """Connected channels on the results of an operator."""
+    _, outs, _ = analysis.tracer.steps[op]
+    return {
+        int(r) for _, value in outs for v in value.axes if v is not None for r in np.unique(analysis.solution.roots[v])
+    }
+
+
+def _dead_end(analysis: Analysis, decisions: dict[SiteKey, int], tried: set[tuple[tuple[SiteKey, int], ...]]) -> bool:
+    """Move on a split whose kept factor turned out to lie along a window: another factor may be the channels."""
+    for op, sites in analysis.tracer.sites.items():
+        for key, options in sites:
+            if key.kind == "split" and decisions.get(key, 0) < options - 2:
+                roots = _roots_at(analysis, op)
+                reasons = [analysis.solution.reasons.get(r) for r in roots]
+                if roots and all(r is not None and "along the channel axis" in r.text for r in reasons):
+                    return _advance(analysis, decisions, op, tried)
+    return False
 
 
 def _culprits(analysis: Analysis, astray: Astray) -> Pins:

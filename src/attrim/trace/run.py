@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as module_hooks
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrim.core.channels import Reason
@@ -25,7 +26,7 @@ from attrim.trace.inputs import Example, map_tensors, outputs_of
 from attrim.trace.labels import Checker, Recorder, Value
 from attrim.trace.rules import RULES, Rule
 from attrim.trace.rules.pointwise import pointwise, silent
-from attrim.trace.tracer import SiteKey, Tracer
+from attrim.trace.tracer import Attribute, SiteKey, Tracer
 from attrim.trace.where import call_site
 
 __all__ = ["Engine", "Failure", "LabelMode", "Run", "Watch", "labelled_call"]
@@ -68,13 +69,14 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         t = self.tracer
         name, rule = _rule_of(func)
         call = Call(func, name, args, kwargs or {})
-        t.op += 1
+        counted = name not in _COPIES
+        t.op += counted
         t.operator = str(func).removesuffix(".default")
         t.lines = call_site()
         if isinstance(t.book, Checker):
             t.book.op = t.op
         known = [t.value(x) for x in call.inputs]
-        t.in_step = t.guide is not None and t.op < len(t.guide.steps) and t.guide.steps[t.op][0] == name
+        t.in_step = counted and t.guide is not None and t.op < len(t.guide.steps) and t.guide.steps[t.op][0] == name
         if self.mask is not None:
             args, kwargs = self.mask(call, t)
         call.out = func(*args, **(kwargs or {}))
@@ -82,6 +84,8 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rule(t, call)
         else:
             _unknown(t, call, known)
+        if not counted:
+            return call.out
         t.steps.append((name, [(tuple(o.shape), t.value(o)) for o in call.outputs], known))
         t.numbers.append(_numbers(args) if rule is pointwise else ())
         t.places.append((t.operator, t.stack[-1][0] if t.stack else "", str(t.lines)))
@@ -101,6 +105,11 @@ def _unknown(t: Tracer, call: Call, known: Sequence[Value]) -> None:
         t.set(out, (None,) * out.ndim, any(v.live for v in known))
 
 
+_COPIES = ("clone", "alias", "detach", "contiguous")
+"""Whether a reshape copies depends on strides, and so on widths: copies are not counted as operators of a run."""
+
+_VIEWS = {"_unsafe_view": "view", "_reshape_alias": "view"}
+
 _CACHE: dict[Any, tuple[str, Rule | None]] = {}
 
 
@@ -112,7 +121,7 @@ def _rule_of(func: Any) -> tuple[str, Rule | None]:
         rule = RULES.get(base) if namespace == "aten" else silent if namespace == "prim" else None
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = pointwise
-        found = _CACHE[func] = (base, rule)
+        found = _CACHE[func] = (_VIEWS.get(base, base), rule)
     return found
 
 
@@ -131,6 +140,8 @@ def _module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         tracer.inputs.pop()
         if isinstance(out, Tensor) and not any(True for _ in module.children()):
             tracer.taps.append((path, module, tracer.value(out)))
+            if isinstance(module, _InstanceNorm) and out.ndim > 1:  # states its width even where it has no tensor
+                tracer.follow(Attribute(path, "num_features", out.shape[1]), tracer.value(out).axes[1])
             if tracer.sums is not None:
                 tracer.sums.append(_sums(tracer, out))
 
@@ -146,14 +157,14 @@ def _module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def _sums(tracer: Tracer, out: Tensor) -> Tensor:
-    """A module's output averaged over everything but its channel axes: enough to see where two runs part."""
+    """Absolute values of a module's output averaged over all but its channel axes: enough to see where two runs part."""
     axes = tracer.value(out).axes
     if tracer.guide is not None and len(tracer.taps) <= len(tracer.guide.taps):
         axes = tracer.guide.taps[len(tracer.taps) - 1][2].axes
     if not out.is_floating_point() or len(axes) != out.ndim:
         return torch.zeros(0)
     rest = [d for d, v in enumerate(axes) if v is None]
-    return out.detach().mean(dim=rest) if rest else out.detach().clone()
+    return out.detach().abs().mean(dim=rest) if rest else out.detach().clone()
 
 
 @contextmanager

@@ -124,8 +124,6 @@ class Tracer:
         if a is None and b is None:
             return
         if a is None or b is None:
-            if isinstance(self.book, Checker) and len(b if a is None else a) == 1:  # type: ignore[arg-type]
-                return  # one survivor meets an axis of size 1, which never had a label
             self.pin(b if a is None else a, text or "meets a tensor whose size does not follow the cut")
             return
         self.book.tie(a, b, self.here(text or "meets positions that must stay"))
@@ -181,14 +179,11 @@ class Tracer:
         return [d for d, v in enumerate(outs[0][1].axes) if v is not None] if outs else []
 
     def module_widths(self, size: int) -> list[IntArray]:
-        """Label vectors of that length on the inputs of the enclosing modules, the innermost first."""
-        return [
-            v
-            for values in reversed(self.inputs[-_STACK_DEPTH:])
-            for value in values
-            for v in value.axes
-            if v is not None and len(v) == size
-        ]
+        """Label vectors of that length on the inputs of the enclosing modules and on recent results, the nearest first."""
+        given = [value for values in reversed(self.inputs[-_STACK_DEPTH:]) for value in values]
+        recent = [value for _, outs, _ in reversed(self.steps[-_RECENT:]) for _, value in outs]
+        found = {id(v): v for value in (*given, *recent) for v in value.axes if v is not None and len(v) == size}
+        return list(found.values())
 
     def attributes(self, size: int, names: Sequence[str] | None = None) -> list[Attribute]:
         """Int attributes of the enclosing modules that equal ``size``, the innermost module first."""

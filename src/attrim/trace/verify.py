@@ -107,8 +107,11 @@ def verify(
     _check_shapes(model, small, plan)
     analysis = analysis or analyse(model, example_inputs)
     alive = _alive(analysis, plan)
-    conflicts = [*_torn(analysis, alive), *_coherence(analysis, small, alive, example_of(example_inputs))]
+    mixed, departure = _coherence(analysis, small, alive, example_of(example_inputs))
+    conflicts = [*_torn(analysis, alive), *mixed]
     effects = _effects(analysis, alive)
+    if effects and departure is not None:  # where numbers are no judge, the course of the network is
+        conflicts.append(departure)
     if conflicts:
         return Verification(False, not effects, float("inf"), float("inf"), tuple(conflicts), effects, "float64")
     error, dtype = compare(analysis, small, alive)
@@ -116,7 +119,9 @@ def verify(
     if effects:
         exact_error, dtype = compare(analysis, None, exact_part(analysis, alive))
     limit = tolerance if dtype == "float64" else max(tolerance, 1e-3)
-    return Verification(exact_error <= limit, not effects, error, exact_error, (), effects, dtype)
+    ok = exact_error <= limit
+    found = () if ok or departure is None else (departure,)
+    return Verification(ok, not effects, error, exact_error, found, effects, dtype)
 
 
 def _check_shapes(model: nn.Module, small: nn.Module, plan: PruningPlan) -> None:
@@ -191,7 +196,10 @@ def exact_part(analysis: Analysis, alive: Alive) -> Alive:
     return np.asarray(alive | inexact[parts.group_of])
 
 
-def _coherence(analysis: Analysis, small: nn.Module, alive: Alive, example: Example) -> list[Conflict]:
+def _coherence(
+    analysis: Analysis, small: nn.Module, alive: Alive, example: Example
+) -> tuple[list[Conflict], Conflict | None]:
+    """Conflicts of ``small``, and the first operator whose result is laid out in another way than in the original."""
     engine = Engine(small, example)
     engine.real = analysis.engine.real
     units = analysis.parts.units
@@ -202,10 +210,9 @@ def _coherence(analysis: Analysis, small: nn.Module, alive: Alive, example: Exam
     run = engine.run(Checker(), carried, analysis.tracer.decisions, guide=analysis.tracer, watch=watch)
     assert isinstance(run.tracer.book, Checker)
     conflicts = list(run.tracer.book.conflicts[:_SHOWN])
-    astray = watch.verdict(run)
-    if astray is not None and all(c.op != astray.op for c in conflicts):
-        conflicts.insert(0, Conflict(astray.reason, astray.op))
-    return conflicts
+    if run.failure is not None and watch.astray is None:
+        conflicts.insert(0, Conflict(run.failure.reason, run.failure.op))
+    return conflicts, Conflict(watch.astray.reason, watch.astray.op) if watch.astray else None
 
 
 def compare(analysis: Analysis, small: nn.Module | None, alive: Alive) -> tuple[float, str]:

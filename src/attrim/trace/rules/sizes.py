@@ -30,9 +30,13 @@ def place(t: Tracer, call: Call, value: Value, out: Tensor, tables: Sequence[Tab
     """Give ``out`` the labels of ``tables``; labels that vary along several axes are tied until they vary along one."""
     axes: list[IntArray | None] = [None] * out.ndim
     was_split = False
-    for labels, dims in tables:
-        varying = [k for k in range(labels.ndim) if labels.shape[k] > 1 and (labels != labels.take([0], axis=k)).any()]
-        if len(varying) > 1:
+    for labels, dims in sorted(tables, key=lambda table: not _varying(table[0])):
+        varying = _varying(labels)
+        guided = [d for d in t.guided_axes() if axes[d] is None] if not varying else []
+        if guided:  # one survivor: its label may sit on any axis; the recorded run knows which
+            dim = next((d for d in guided if d in dims), guided[0])
+            vector: IntArray | None = np.full(out.shape[dim], labels.flat[0])
+        elif len(varying) > 1:
             dim, vector = _split(t, call, labels, dims, varying)
             was_split = True
         else:
@@ -49,15 +53,17 @@ def place(t: Tracer, call: Call, value: Value, out: Tensor, tables: Sequence[Tab
     t.set(out, axes, value.live, value.constant)
 
 
+def _varying(labels: IntArray) -> list[int]:
+    """The axes along which labels differ."""
+    return [k for k in range(labels.ndim) if labels.shape[k] > 1 and (labels != labels.take([0], axis=k)).any()]
+
+
 def _whole(t: Tracer, labels: IntArray, dims: tuple[int, ...], varying: list[int]) -> tuple[int, IntArray | None]:
     """Labels that vary along one axis at most."""
     if varying:
         axis = varying[0]
     else:
         wide = [k for k in range(labels.ndim) if labels.shape[k] > 1]
-        guided = [dims.index(d) for d in t.guided_axes() if d in dims]
-        if len(guided) == 1:
-            wide = guided
         if len(wide) > 1:
             t.pin(labels.ravel()[:1], "a single channel is spread over several axes")
             return 0, None
