@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import attrim
+
 
 def one_paragraph(text: str) -> bool:
     return text.startswith("attrim: ") and text.count("\n") == 1 and "Traceback" not in text
@@ -121,7 +123,7 @@ def test_the_program_itself():
     done = subprocess.run(
         [sys.executable, "-m", "attrim.cli.main", "--version"], capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (0, "attrim 0.1.0\n")
+    assert (done.returncode, done.stdout) == (0, f"attrim {attrim.__version__}\n")
     done = subprocess.run(
         [sys.executable, "-m", "attrim.cli.main", "trace", "resnet18"], capture_output=True, text=True, timeout=120
     )

@@ -6,11 +6,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version as installed_version
 from typing import Annotated, Any
 
 import typer
 
-from attrim import __version__
 from attrim.cli.demo import demo
 from attrim.cli.evaluate import evaluate
 from attrim.cli.methods import methods
@@ -32,7 +32,7 @@ _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"attrim {__version__}")
+        typer.echo(f"attrim {installed_version('attrim')}")
         raise typer.Exit
 
 

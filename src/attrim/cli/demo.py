@@ -11,16 +11,18 @@ import torch
 import typer
 from torch import Tensor, nn
 
-import attrim
 from attrim.cli import options
 from attrim.cli.demo_net import DigitNet
 from attrim.cli.figures import measure
 from attrim.cli.runs import Run
 from attrim.cli.screen import note, say, show
+from attrim.core.budget import Budget
 from attrim.errors import InputError, MissingDependencyError
+from attrim.methods.pipeline import prune as cut
 from attrim.recover import evaluate, finetune, recalibrate
 from attrim.recover.data import Split
 from attrim.recover.tensors import TensorBatches
+from attrim.ship import load, save
 
 __all__ = ["demo"]
 
@@ -77,21 +79,19 @@ def demo(
     """
     if epochs < 1 or finetune_epochs < 1:
         raise InputError(f"--epochs and --finetune-epochs: expected at least 1, found {epochs} and {finetune_epochs}.")
-    budget = attrim.Budget(macs=keep_macs)
+    budget = Budget(macs=keep_macs)
     settings = {"method": method, "keep_macs": keep_macs, "epochs": epochs, "finetune_epochs": finetune_epochs}
     digits = load_digits()
     run = Run(out, overwrite=True)
     run.start({"demo": True, **settings, "seed": seed})
     example = torch.zeros(1, 1, SIDE, SIDE)
     dense = _train(run, digits, epochs, seed)
-    result = attrim.prune(
-        dense, example, method=method, budget=budget, data=digits.batches("train"), **_seeded(method, seed)
-    )
+    result = cut(dense, example, method=method, budget=budget, data=digits.batches("train"), **_seeded(method, seed))
     note(f"2. cut with {method} to {result.after.macs / result.before.macs:.1%} of the MACs; {result.verification}")
     _judge(run, "cut", result.model, digits)
     small = _recover(run, digits, dense, result.model, finetune_epochs, seed)
-    attrim.save(small, result.plan, run.folder)
-    again = attrim.load(run.folder, model=DigitNet().eval())
+    save(small, result.plan, run.folder)
+    again = load(run.folder, model=DigitNet().eval())
     same = _same_outputs(small, again, digits)
     say(f"saved to {run.folder}, reloaded into a fresh DigitNet: outputs {'equal bit by bit' if same else 'DIFFER'}")
     accuracy = [evaluate(model, digits.batches("test")) for model in (dense, again)]

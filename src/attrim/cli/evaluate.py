@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-import attrim
 from attrim.cli import options
 from attrim.cli.inputs import image_shape, numbers, pick_device
 from attrim.cli.models import build
@@ -17,6 +16,7 @@ from attrim.errors import InputError
 from attrim.recover import evaluate as accuracy_of
 from attrim.recover import open_data
 from attrim.recover.data import Split
+from attrim.ship import load
 
 __all__ = ["evaluate"]
 
@@ -57,7 +57,7 @@ def evaluate(
     built = build(
         name, weights=None if weights is None else str(weights), pretrained=pretrained, num_classes=num_classes
     )
-    network = built.model if pruned is None else attrim.load(pruned, model=built.model)
+    network = built.model if pruned is None else load(pruned, model=built.model)
     if pruned is None and not built.trained:
         note("the weights are random: pass --weights FILE, --pretrained or --pruned DIR")
     images = open_data(

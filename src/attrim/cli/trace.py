@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-import attrim
 from attrim.cli import options
 from attrim.cli.inputs import example, pick_device
 from attrim.cli.models import Built, build
 from attrim.cli.screen import say, show
 from attrim.errors import InputError
 from attrim.report.tables import channel_table, pinned_table
+from attrim.trace import trace as find_channels
 
 __all__ = ["input_of", "trace"]
 
@@ -46,7 +46,7 @@ def trace(
     )
     place = pick_device(device)
     shape = input_of(name, built, input)
-    channels = attrim.trace(built.model.to(place), example(shape, place))
+    channels = find_channels(built.model.to(place), example(shape, place))
     if explain:
         for tensor in explain:
             say(channels.explain(tensor))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
-import attrim
 from attrim.cli.figures import measure
 from attrim.cli.inputs import example, image_shape, pick_device
 from attrim.cli.models import Built, build
@@ -19,10 +19,11 @@ from attrim.cli.settings import PruneSettings
 from attrim.cli.trace import input_of
 from attrim.core.budget import Budget
 from attrim.errors import AttrimError, InputError
-from attrim.methods.pipeline import PruneResult
+from attrim.methods.pipeline import PruneResult, prune
 from attrim.recover import ImageData, evaluate, finetune, open_data, recalibrate
 from attrim.recover.data import Split
 from attrim.score import CRITERIA
+from attrim.ship import save
 
 __all__ = ["Before", "recover", "run_prune"]
 
@@ -47,7 +48,7 @@ def run_prune(settings: PruneSettings) -> None:
     run = Run(settings.out, overwrite=settings.overwrite)
     start, settings = _prepare(settings)
     run.start(settings.model_dump(mode="json", exclude={"overwrite"}))
-    run.log("start", attrim=attrim.__version__, torch=torch.__version__, device=settings.device)
+    run.log("start", attrim=version("attrim"), torch=torch.__version__, device=settings.device)
     try:
         _work(run, settings, budget, start)
     except AttrimError as error:
@@ -59,7 +60,7 @@ def _work(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> N
     if start.images is not None:
         _log_accuracy(run, "dense", start.dense, start.images)
     begin = time.monotonic()
-    result = attrim.prune(
+    result = prune(
         start.dense,
         start.example,
         method=settings.method,
@@ -69,7 +70,7 @@ def _work(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> N
     )
     _log_cut(run, result, time.monotonic() - begin)
     small = recover(run, settings, start, result.model)
-    attrim.save(small, result.plan, run.folder)
+    save(small, result.plan, run.folder)
     _report(run, start, result, small)
 
 
