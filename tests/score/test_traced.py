@@ -45,6 +45,7 @@ def mixed() -> tuple[nn.Module, attrim.ChannelMap, list[tuple[torch.Tensor, torc
     return model, attrim.trace(model, torch.zeros(1, 3, 8, 8)), data
 
 
+@pytest.mark.filterwarnings("ignore::attrim.errors.AttrimWarning")
 @pytest.mark.parametrize("name", list(CRITERIA))
 def test_every_group_is_scored_and_can_be_pruned(name, mixed) -> None:
     model, channels, data = mixed

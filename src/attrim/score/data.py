@@ -25,7 +25,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
+        (module, name, buffer, _version(buffer), buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -41,10 +41,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training in flags:
             module.training = training
         for module, name, buffer, version, before in buffers:
-            if buffer._version != version:
+            if _version(buffer) != version:
                 with torch.no_grad():
                     buffer.copy_(before)
             module._buffers[name] = buffer
+
+
+def _version(tensor: Tensor) -> int:
+    """How often ``tensor`` was changed in place; inference tensors cannot be changed here and do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def stream(
