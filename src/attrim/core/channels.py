@@ -184,7 +184,7 @@ class ChannelMap:
         Raises:
             InputError: no such tensor; close names are listed.
         """
-        tensor, _, dim = name.partition(":")
+        tensor, colon, dim = name.partition(":")
         tensor = self.aliases.get(tensor, tensor)
         if tensor not in self.shapes:
             from difflib import get_close_matches
@@ -192,7 +192,7 @@ class ChannelMap:
             close = get_close_matches(tensor, list(self.shapes), n=3, cutoff=0.4)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise InputError(f"no parameter or buffer is named '{tensor}'.{hint}")
-        if dim and (not dim.isdigit() or int(dim) >= len(self.shapes[tensor])):
+        if colon and (not dim.isdigit() or int(dim) >= len(self.shapes[tensor])):
             raise InputError(
                 f"'{tensor}' has the dimensions 0 … {len(self.shapes[tensor]) - 1}; found ':{dim}'. "
                 f"Ask for explain('{tensor}:0'), or for explain('{tensor}') to see all."

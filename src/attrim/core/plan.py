@@ -102,8 +102,10 @@ class PruningPlan:
             raise PlanError(
                 f"{source}: expected a plan (a JSON object with 'version' and 'cuts'), found {_short(data)}."
             )
-        if not isinstance(data["version"], int) or data["version"] < 1:
+        if type(data["version"]) is not int or data["version"] < 1:
             raise PlanError(f"{source}: expected a version number from 1 to {PLAN_VERSION}, found {data['version']!r}.")
+        if not isinstance(data.get("drops", []), list):
+            raise PlanError(f"{source}: expected 'drops' as a list of module paths, found {_short(data['drops'])}.")
         if data["version"] > PLAN_VERSION:
             raise PlanError(
                 f"{source}: the plan has version {data['version']}, this attrim reads up to {PLAN_VERSION}. "
@@ -176,8 +178,8 @@ class PruningPlan:
             cuts=cuts,
             drops=(*self.drops, *following.drops),
             attributes=_compose_attributes(self.attributes, following.attributes),
-            groups={**self.groups, **following.groups},
-            provenance={**following.provenance, "steps": [*_steps(self), *_steps(following)]},
+            groups=_compose_groups(self.groups, following.groups),
+            provenance=_compose_provenance(self, following),
         )
 
     def summary(self) -> str:
@@ -193,6 +195,20 @@ class PruningPlan:
             if isinstance(g, Mapping) and g.get("kept") != g.get("size")
         ]
         return "\n".join(lines) if lines else f"{len(self.cuts)} tensors cut"
+
+
+def _compose_groups(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """What the second plan says, counted from the sizes before the first."""
+    merged = {**first, **second}
+    for name in set(first) & set(second):
+        if isinstance(first[name], Mapping) and isinstance(second[name], Mapping) and "size" in first[name]:
+            merged[name] = {**second[name], "size": first[name]["size"]}
+    return merged
+
+
+def _compose_provenance(first: PruningPlan, second: PruningPlan) -> dict[str, Any]:
+    before = {k: v for k, v in first.provenance.items() if k.endswith("_before")}
+    return {**second.provenance, **before, "steps": [*_steps(first), *_steps(second)]}
 
 
 def _steps(plan: PruningPlan) -> list[Any]:

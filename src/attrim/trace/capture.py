@@ -35,6 +35,7 @@ class Analysis:
     space: LabelSpace
     labels: Mapping[str, Sequence[IntArray | None]]
     tracer: Tracer
+    book: Recorder
     solution: Solution
     parts: Partition
     outputs: list[Tensor]
@@ -42,9 +43,8 @@ class Analysis:
 
     def attributes_at(self, alive: npt.NDArray[np.bool_]) -> list[tuple[str, str, int]]:
         """(module, attribute, value) of the numbers that follow a cut; ``alive``: label -> stays."""
-        assert isinstance(self.tracer.book, Recorder)
         rules: dict[tuple[str, str], int] = {}
-        for note in self.tracer.book.rules:
+        for note in self.book.rules:
             count = int(alive[note.vector].sum())
             if count != len(note.vector):
                 rules.setdefault((note.module, note.attribute), count)
@@ -52,7 +52,7 @@ class Analysis:
 
     def channel_map(self) -> ChannelMap:
         """The public nouns."""
-        return build_map(self.engine.model, self.engine.named, self.space, self.tracer, self.solution, self.parts)
+        return build_map(self)
 
 
 def label_tensors(engine: Engine) -> tuple[LabelSpace, dict[str, list[IntArray | None]]]:
@@ -88,28 +88,34 @@ def record(
     extra: Pins,
 ) -> Analysis:
     """One recorded run, solved and partitioned."""
-    run = engine.run(Recorder(), labels, decisions)
+    book = Recorder()
+    run = engine.run(book, labels, decisions)
     if run.failure is not None and not engine.real:
         engine.real = True  # fake tensors hold no data; control flow that depends on data needs the real run
-        run = engine.run(Recorder(), labels, decisions)
+        book = Recorder()
+        run = engine.run(book, labels, decisions)
     if run.failure is not None:
         raise TraceError(
             f"the model ({type(engine.model).__name__}) does not run on the example inputs: {run.failure.reason}. "
             f"The inputs were {_describe(engine)}. Check that model.eval()(*inputs) runs, and pass inputs of that shape."
         ) from run.failure.error
-    return conclude(engine, space, labels, run, extra)
+    return conclude(engine, space, labels, run, book, extra)
 
 
 def conclude(
-    engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntArray | None]], run: Run, extra: Pins
+    engine: Engine,
+    space: LabelSpace,
+    labels: Mapping[str, Sequence[IntArray | None]],
+    run: Run,
+    book: Recorder,
+    extra: Pins,
 ) -> Analysis:
     """Pin outputs and unused tensors, solve, partition."""
     tracer = run.tracer
-    assert isinstance(tracer.book, Recorder)
     pins = [*_outputs(run), *_unused(tracer, engine, labels), *extra]
-    solution = solve(tracer.book, space.total, pins)
-    parts = partition(space, solution, tracer.book)
-    return Analysis(engine, space, labels, tracer, solution, parts, run.outputs, list(extra))
+    solution = solve(book, space.total, pins)
+    parts = partition(space, solution, book)
+    return Analysis(engine, space, labels, tracer, book, solution, parts, run.outputs, list(extra))
 
 
 def _outputs(run: Run) -> Pins:

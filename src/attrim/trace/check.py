@@ -33,7 +33,7 @@ def check_numbers(analysis: Analysis) -> Analysis:
         )
         extra = [*analysis.extra, (labels_of(analysis, bad), reason)]
         run = Run(analysis.tracer, analysis.outputs)
-        analysis = conclude(analysis.engine, analysis.space, analysis.labels, run, extra)
+        analysis = conclude(analysis.engine, analysis.space, analysis.labels, run, analysis.book, extra)
 
 
 def _fails(analysis: Analysis, groups: Sequence[int]) -> bool:

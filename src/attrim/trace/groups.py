@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -19,21 +20,23 @@ from attrim.trace.partition import Partition
 from attrim.trace.solve import Solution
 from attrim.trace.tracer import Tracer
 
+if TYPE_CHECKING:
+    from attrim.trace.capture import Analysis
+
 __all__ = ["build_map"]
 
 QUIET = ("kernel size",)
 """Reasons that are true of every convolution and would only fill the list."""
 
 
-def build_map(
-    model: nn.Module, named: NamedTensors, space: LabelSpace, tracer: Tracer, solution: Solution, parts: Partition
-) -> ChannelMap:
+def build_map(analysis: Analysis) -> ChannelMap:
     """Assemble the public channel map."""
-    assert isinstance(tracer.book, Recorder)
-    members = _members(named, space, tracer.book, parts)
+    named, space, tracer, book = analysis.engine.named, analysis.space, analysis.tracer, analysis.book
+    solution, parts = analysis.solution, analysis.parts
+    members = _members(named, space, book, parts)
     ids = _names(members)
     taps = _taps(tracer, parts)
-    modules = dict(model.named_modules())
+    modules = dict(analysis.engine.model.named_modules())
     groups = {
         ids[g]: ChannelGroup(
             ids[g], int(parts.sizes[g]), tuple(members[g]), tuple(taps[g]), parts.effects[g],
@@ -44,10 +47,10 @@ def build_map(
     return ChannelMap(
         groups=groups,
         pinned=tuple(_pinned(space, solution, parts)),
-        cost=compile_cost(named, space, tracer.book, parts, tuple(ids)),
+        cost=compile_cost(named, space, book, parts, tuple(ids)),
         fingerprint=fingerprint(named.shapes),
         shapes=named.shapes,
-        attributes=tuple(_attributes(tracer.book, parts, ids)),
+        attributes=tuple(_attributes(book, parts, ids)),
         aliases=named.aliases,
     )
 

@@ -18,7 +18,7 @@ from attrim.core.channels import Reason
 from attrim.core.cost import IntArray
 from attrim.errors import TraceError
 from attrim.trace.capture import Analysis, Pins, conclude, record
-from attrim.trace.labels import Checker, LabelSpace, Recorder, Value
+from attrim.trace.labels import Checker, LabelSpace, Value
 from attrim.trace.run import Engine, Run
 from attrim.trace.tracer import SiteKey, Tracer
 
@@ -50,7 +50,7 @@ def settle(engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntA
             continue
         if not analysis.parts.sizes.size:
             return analysis
-        astray, number = coherence(analysis, random_cut(analysis))
+        astray, number = _probe(analysis)
         if astray is None:
             return _numbers(analysis) if number else analysis
         if not _advance(analysis, decisions, astray.op, tried):
@@ -60,7 +60,6 @@ def settle(engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntA
 
 def _numbers(analysis: Analysis) -> Analysis:
     """Mark the groups whose width shows up as a number in the code (``x / x.shape[1]``): inexact, with the line."""
-    assert isinstance(analysis.tracer.book, Recorder)
     active = list(range(len(analysis.parts.sizes)))
     effects: list[tuple[IntArray, str]] = []
     while active:
@@ -72,26 +71,42 @@ def _numbers(analysis: Analysis) -> Analysis:
             (labels_of(analysis, [g]), f"a number computed from the width at {number.reason.source}") for g in bad
         ]
         active = [g for g in active if g not in bad]
-    analysis.tracer.book.effects += effects
+    analysis.book.effects += effects
     run = Run(analysis.tracer, analysis.outputs)
-    return conclude(analysis.engine, analysis.space, analysis.labels, run, analysis.extra)
+    return conclude(analysis.engine, analysis.space, analysis.labels, run, analysis.book, analysis.extra)
 
 
-def random_cut(analysis: Analysis, groups: Sequence[int] | None = None) -> Alive:
-    """label -> stays, with a random half at most of every group (or of ``groups``) gone, in different counts."""
+def random_cut(analysis: Analysis, groups: Sequence[int] | None = None, flip: bool = False) -> Alive:
+    """label -> stays. Random channels of every group (or of ``groups``) go, many from some groups and few from the others.
+
+    Very different counts, so that widths which only happen to agree do not look tied; ``flip`` exchanges the two kinds.
+    """
     parts = analysis.parts
     rng = np.random.default_rng(0)
-    alive_label = np.ones(len(parts.units), bool)
+    alive = np.ones(len(parts.units), bool)
     start = np.concatenate([[0], np.cumsum(parts.sizes)])
     stays = np.ones(int(start[-1]), bool)
     for g, size in enumerate(parts.sizes.tolist()):
-        count = int(rng.integers(1, size // 2 + 1))
+        many = bool(g % 2) != flip
+        least = max(1, size // 2) if many else 1
+        most = max(1, size - 2) if many else max(1, size // 4)
+        count = int(rng.integers(min(least, most), most + 1))
         gone = rng.permutation(size)[:count]
         if groups is None or g in groups:
             stays[start[g] + gone] = False
     held = parts.group_of >= 0
-    alive_label[held] = stays[start[parts.group_of[held]] + parts.channel_of[held]]
-    return alive_label
+    alive[held] = stays[start[parts.group_of[held]] + parts.channel_of[held]]
+    return alive
+
+
+def _probe(analysis: Analysis) -> tuple[Astray | None, Astray | None]:
+    """One random cut; a second one with the counts exchanged where pieces of one axis could be unequally wide."""
+    astray, number = coherence(analysis, random_cut(analysis))
+    pieces = any(key.kind in ("pieces", "slice") for sites in analysis.tracer.sites.values() for key, _ in sites)
+    if astray is None and pieces:
+        astray, more = coherence(analysis, random_cut(analysis, flip=True))
+        number = number or more
+    return astray, number
 
 
 def coherence(analysis: Analysis, alive: Alive) -> tuple[Astray | None, Astray | None]:
@@ -115,7 +130,7 @@ def coherence(analysis: Analysis, alive: Alive) -> tuple[Astray | None, Astray |
     watch = Watcher(analysis, alive, units)
     try:
         run = analysis.engine.run(
-            Checker(), carried, analysis.tracer.decisions, keep, attributes, guide=analysis.tracer, watch=watch
+            watch.book, carried, analysis.tracer.decisions, keep, attributes, guide=analysis.tracer, watch=watch
         )
     except Exception as error:  # an attribute table that refuses the cut
         return Astray(len(analysis.tracer.steps), Reason(f"{type(error).__name__}: {error}")), None
@@ -134,13 +149,13 @@ class Watcher:
         self.alive = alive
         self.units = units
         self.stop_at_conflict = stop_at_conflict
+        self.book = Checker()
         self.in_step = True
         self.astray: Astray | None = None
         self.number: Astray | None = None
 
     def __call__(self, tracer: Tracer) -> None:
         """After each operator: end the run where it departs from the recorded one."""
-        assert isinstance(tracer.book, Checker)
         recorded = self.analysis.tracer
         op = tracer.op
         if self.in_step and op < len(recorded.steps):
@@ -155,7 +170,7 @@ class Watcher:
                 was_number, number = recorded.numbers[op], tracer.numbers[op]
                 text = f"a number in the code follows the width ({was_number} became {number})"
                 self.number = Astray(op, Reason(text, *recorded.places[op]))
-        if self.stop_at_conflict and tracer.book.conflicts:
+        if self.stop_at_conflict and self.book.conflicts:
             raise _Stop
 
     def _differs(self, before: tuple[tuple[int, ...], Value], after: tuple[tuple[int, ...], Value]) -> bool:
@@ -163,8 +178,7 @@ class Watcher:
 
     def verdict(self, run: Run) -> Astray | None:
         """The first place at which the run went astray."""
-        assert isinstance(run.tracer.book, Checker)
-        found = [Astray(c.op, c.reason) for c in run.tracer.book.conflicts[:1]]
+        found = [Astray(c.op, c.reason) for c in self.book.conflicts[:1]]
         if self.astray is not None:
             found.append(self.astray)
         elif run.failure is not None and not isinstance(run.failure.error, _Stop):

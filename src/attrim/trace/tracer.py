@@ -27,6 +27,9 @@ _STACK_DEPTH = 3
 """How many enclosing modules are searched for the attribute that states a width."""
 
 
+_NOWHERE = Lines(("", 0), ("", 0))
+
+
 class SiteKey(NamedTuple):
     """One place in the code where a decision is made; shared by all modules that run the same line."""
 
@@ -159,8 +162,7 @@ class Tracer:
     def decide(self, kind: str, options: Sequence[Option], detail: tuple[int, ...] = ()) -> Any:
         """Run the option that is due at this site; the probe moves a site on when its option fails."""
         module_type = type(self.stack[-1][1]).__qualname__ if self.stack else ""
-        assert self.lines is not None
-        key = SiteKey(self.lines, kind, module_type, detail)
+        key = SiteKey(self.lines or _NOWHERE, kind, module_type, detail)
         taken = self.sites.setdefault(self.op, [])
         taken.append((key, len(options)))
         option = options[min(self.decisions.get(key, 0), len(options) - 1)]

@@ -18,7 +18,7 @@ from attrim.modules.names import fingerprint, named_tensors
 from attrim.trace.call import Call
 from attrim.trace.capture import Analysis, analyse
 from attrim.trace.inputs import Example, example_of
-from attrim.trace.labels import Checker, Conflict, Recorder
+from attrim.trace.labels import Conflict, Recorder
 from attrim.trace.probe import Alive, Watcher
 from attrim.trace.rules.contract import CONTRACTED
 from attrim.trace.rules.reduce import REDUCED, reduced_dims
@@ -207,9 +207,8 @@ def _coherence(
         name: [None if v is None else units[v[alive[v]]] for v in vectors] for name, vectors in analysis.labels.items()
     }
     watch = Watcher(analysis, alive, units, stop_at_conflict=False)
-    run = engine.run(Checker(), carried, analysis.tracer.decisions, guide=analysis.tracer, watch=watch)
-    assert isinstance(run.tracer.book, Checker)
-    conflicts = list(run.tracer.book.conflicts[:_SHOWN])
+    run = engine.run(watch.book, carried, analysis.tracer.decisions, guide=analysis.tracer, watch=watch)
+    conflicts = list(watch.book.conflicts[:_SHOWN])
     if run.failure is not None and watch.astray is None:
         conflicts.insert(0, Conflict(run.failure.reason, run.failure.op))
     return conflicts, Conflict(watch.astray.reason, watch.astray.op) if watch.astray else None

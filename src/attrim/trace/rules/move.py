@@ -112,6 +112,18 @@ def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
     return blocks
 
 
+def as_strided(t: Tracer, call: Call) -> None:
+    """A change of strides on axes of size 1 moves nothing (pooling on channels-last maps); anything else is opaque."""
+    x, out = call.inputs[0], call.outputs[0]
+    value = t.value(x)
+    known = out.shape == x.shape and all(n == 1 or v is None for n, v in zip(x.shape[2:], value.axes[2:], strict=True))
+    if known and x.ndim >= 2 and all(n == 1 for n in x.shape[2:]):
+        t.set(out, value.axes, value.live, value.constant, value.free)
+        return
+    t.pin_all([value], "strides are set by hand")
+    t.set(out, (None,) * out.ndim, True)
+
+
 def concat(t: Tracer, call: Call) -> None:
     """cat and stack: along the joined axis labels are concatenated, on the others they are tied."""
     parts = [x for x in call.inputs if not (x.ndim == 1 and x.shape[0] == 0 and call.out.ndim > 1)]
@@ -272,6 +284,7 @@ RULES = {
     "repeat": repeat,
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "roll", "im2col",
                      "unfold", "rot90"), run_on_labels),
+    "as_strided": as_strided,
     "index": index,
     "_unsafe_index": index,
     **dict.fromkeys(("gather", "sort", "topk", "cumsum", "cumprod", "index_select", "flip", "logcumsumexp", "argsort",
