@@ -124,8 +124,17 @@ def _train(run: Run, digits: Digits, epochs: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     fresh = DigitNet().eval()
     batches = digits.batches("train", augment=True, seed=seed)
-    dense = finetune(fresh, batches, epochs=epochs, lr=0.1, warmup=0.1, seed=seed, on_epoch=_logger(run, "train"))
-    note(f"1. trained {epochs} epochs on {len(digits.train[1])} digits")
+    dense = finetune(
+        fresh,
+        batches,
+        epochs=epochs,
+        lr=0.1,
+        warmup=0.1,
+        seed=seed,
+        on_epoch=_logger(run, "train"),
+        description="training",
+    )
+    note(f"1. trained for {_epochs(epochs)} on {len(digits.train[1])} digits")
     _judge(run, "dense", dense, digits)
     return dense
 
@@ -138,7 +147,7 @@ def _recover(run: Run, digits: Digits, dense: nn.Module, small: nn.Module, epoch
     small = finetune(
         small, batches, teacher=dense, epochs=epochs, lr=0.03, seed=seed, on_epoch=_logger(run, "finetune")
     )
-    note(f"4. fine-tuned {epochs} epochs, with the original as teacher")
+    note(f"4. fine-tuned for {_epochs(epochs)}, with the original as teacher")
     _judge(run, "finetuned", small, digits)
     return small
 
@@ -160,6 +169,10 @@ def _judge(run: Run, step: str, model: nn.Module, digits: Digits) -> None:
 def _same_outputs(one: nn.Module, other: nn.Module, digits: Digits) -> bool:
     images, _ = next(iter(digits.batches("test")))
     return torch.equal(one.eval()(images), other.eval()(images))
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
 
 
 def _seeded(method: str, seed: int) -> dict[str, Any]:

@@ -2,74 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from attrim.cli import options
+from attrim.cli import prune_options as only
 from attrim.cli.inputs import numbers
 from attrim.cli.settings import merge, parse_options
 from attrim.cli.work import run_prune
 
 __all__ = ["prune"]
 
-METHOD, BUDGET, RECOVERY = "Method", "Budget", "Recovery"
-
 
 def prune(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="timm:NAME, torchvision:NAME or path/to/file.py:factory.", show_default=False
-        ),
-    ] = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the run. Required.")] = None,
-    method: Annotated[
-        str, typer.Option(rich_help_panel=METHOD, metavar="NAME", help="How channels are scored; see attrim methods.")
-    ] = "l2",
-    keep_macs: Annotated[
-        float | None, typer.Option(rich_help_panel=BUDGET, metavar="F", help="Keep at most this fraction of the MACs.")
-    ] = None,
-    keep_params: Annotated[
-        float | None, typer.Option(rich_help_panel=BUDGET, metavar="F", help="… of the parameters.")
-    ] = None,
-    keep_channels: Annotated[
-        float | None, typer.Option(rich_help_panel=BUDGET, metavar="F", help="… of the channels.")
-    ] = None,
-    min_keep: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=BUDGET, metavar="N|F", help="Floor of each group: channels (4) or a fraction (0.1)."
-        ),
-    ] = "0.1",
-    multiple_of: Annotated[
-        int, typer.Option(rich_help_panel=BUDGET, metavar="N", help="Round widths to multiples of N.")
-    ] = 1,
-    max_removed: Annotated[
-        float, typer.Option(rich_help_panel=BUDGET, metavar="F", help="Remove at most this fraction of a group.")
-    ] = 1.0,
-    frozen: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=BUDGET,
-            metavar="GLOB",
-            help="Leave these axes whole: 'conv1.*', 'head.weight:0' (repeatable).",
-        ),
-    ] = None,
-    scope: Annotated[
-        str, typer.Option(rich_help_panel=BUDGET, metavar="NAME", help="global, group or isomorphic.")
-    ] = "global",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=METHOD, metavar="NAME=VALUE", help="Option of the method: reduction=max (repeatable)."
-        ),
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(rich_help_panel=METHOD, metavar="N", help="Images that a method reads, if it needs data.")
-    ] = 1024,
+    model: only.ModelOrConfig = None,
+    out: only.Out = None,
+    method: only.Method = "l2",
+    keep_macs: only.KeepMacs = None,
+    keep_params: only.KeepParams = None,
+    keep_channels: only.KeepChannels = None,
+    min_keep: only.MinKeep = "0.1",
+    multiple_of: only.MultipleOf = 1,
+    max_removed: only.MaxRemoved = 1.0,
+    frozen: only.Frozen = None,
+    scope: only.Scope = "global",
+    option: only.Option = None,
+    samples: only.Samples = 1024,
     weights: options.Weights = None,
     pretrained: options.Pretrained = False,
     num_classes: options.NumClasses = None,
@@ -80,24 +40,15 @@ def prune(
     mean: options.Mean = None,
     std: options.Std = None,
     flip: options.Flip = True,
-    recalibrate: Annotated[
-        bool,
-        typer.Option(rich_help_panel=RECOVERY, help="Measure batch-norm statistics anew after the cut (with --data)."),
-    ] = True,
-    finetune_epochs: Annotated[
-        int, typer.Option(rich_help_panel=RECOVERY, metavar="N", help="Epochs of fine-tuning after the cut.")
-    ] = 0,
-    lr: Annotated[float, typer.Option(rich_help_panel=RECOVERY, metavar="F", help="Peak learning rate.")] = 0.01,
-    optimizer: Annotated[str, typer.Option(rich_help_panel=RECOVERY, metavar="NAME", help="sgd or adamw.")] = "sgd",
-    distill: Annotated[
-        bool, typer.Option(rich_help_panel=RECOVERY, help="Let the original network teach while fine-tuning.")
-    ] = True,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of everything that is random.")] = 0,
+    recalibrate: only.Recalibrate = True,
+    finetune_epochs: only.FinetuneEpochs = 0,
+    lr: only.LearningRate = 0.01,
+    optimizer: only.Optimizer = "sgd",
+    distill: only.Distill = True,
+    seed: only.Seed = 0,
     device: options.Device = "auto",
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Settings (config.yaml of a run); typed options win.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+    config: only.Config = None,
+    overwrite: only.Overwrite = False,
     debug: options.Debug = False,
 ) -> None:
     """Cut a network to a budget, prove the cut, and write the smaller network to a folder.

@@ -51,6 +51,7 @@ def finetune(
     distill: float = 0.5,
     seed: int = 0,
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
+    description: str = "fine-tuning",
 ) -> nn.Module:
     """A fine-tuned copy of ``model``: SGD (Nesterov) or AdamW, warm-up and cosine, label smoothing, distillation.
 
@@ -75,6 +76,7 @@ def finetune(
         seed: of dropout and of shuffling that draws from torch's generator.
         on_epoch: called after each epoch with ``epoch`` (from 1), ``loss``, ``accuracy`` (on the training batches as
             they went by; absent without class labels), ``lr`` and ``seconds``.
+        description: stands beside the progress bar.
 
     Returns:
         A new module.
@@ -100,7 +102,7 @@ def finetune(
         try:
             if teacher is not None:
                 teacher.eval()
-            _train(student, teacher, source, steps, recipe, on_epoch)
+            _train(student, teacher, source, steps, recipe, on_epoch, description)
         finally:
             restore_modes(teacher_modes)
     restore_modes(modes)
@@ -114,12 +116,13 @@ def _train(
     steps: int,
     recipe: _Recipe,
     on_epoch: Callable[[Mapping[str, float]], None] | None,
+    description: str,
 ) -> None:
     total = steps * recipe.epochs
     device = device_of(student)
     optimizer = _optimizer(student, recipe)
     tally = _Tally(steps)
-    for step, raw in enumerate(progress(_epochs(source, steps, recipe.epochs), "fine-tuning", total)):
+    for step, raw in enumerate(progress(_epochs(source, steps, recipe.epochs), description, total)):
         rate = recipe.lr * warmup_cosine(step, total, round(recipe.warmup * total))
         for group in optimizer.param_groups:
             group["lr"] = rate
