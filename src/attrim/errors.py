@@ -1,15 +1,15 @@
 """The tree of errors. Each message says what was expected, what was found, where, and the call that mends it.
 
-    AttrimError
-    ├── InputError          an argument at the door is not usable (also a ValueError)
-    │   ├── BudgetError     a budget is malformed or cannot be reached
-    │   ├── CriterionError  an unknown criterion, or scores that do not fit the channel map
-    │   └── DataError       a data source cannot be read or has the wrong form
-    ├── TraceError          the model could not be run or copied for tracing
-    ├── PlanError           a plan file is corrupt, too new, or belongs to another model
-    ├── SurgeryError        a plan fits the model but the cut network would be inconsistent
-    ├── VerificationError   the pruned network is not the masked original
-    └── MissingDependencyError  an optional package is needed (also an ImportError)
+AttrimError
+├── InputError          an argument at the door is not usable (also a ValueError)
+│   ├── BudgetError     a budget is malformed or cannot be reached
+│   ├── CriterionError  an unknown criterion, or scores that do not fit the channel map
+│   └── DataError       a data source cannot be read or has the wrong form
+├── TraceError          the model could not be run or copied for tracing
+├── PlanError           a plan file is corrupt, too new, or belongs to another model
+├── SurgeryError        a plan fits the model but the cut network would be inconsistent
+├── VerificationError   the pruned network is not the masked original
+└── MissingDependencyError  an optional package is needed (also an ImportError)
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ class PruningPlan:
         if type(data["version"]) is not int or data["version"] < 1:
             raise PlanError(f"{source}: expected a version number from 1 to {PLAN_VERSION}, found {data['version']!r}.")
         if not isinstance(data.get("drops", []), list):
-            raise PlanError(f"{source}: expected 'drops' as a list of module paths, found {_short(data['drops'])}.")
+            raise PlanError(
+                f"{source}: the plan is malformed: 'drops' should be a list of module paths, found {_short(data['drops'])}."
+            )
         if data["version"] > PLAN_VERSION:
             raise PlanError(
                 f"{source}: the plan has version {data['version']}, this attrim reads up to {PLAN_VERSION}. "

@@ -26,6 +26,7 @@ from attrim.trace.inputs import Example, map_tensors, outputs_of
 from attrim.trace.labels import Checker, Recorder, Value
 from attrim.trace.rules import RULES, Rule
 from attrim.trace.rules.pointwise import pointwise, silent
+from attrim.trace.shortcuts import fake_like, shortcut
 from attrim.trace.tracer import Attribute, SiteKey, Tracer
 from attrim.trace.where import call_site
 
@@ -59,11 +60,14 @@ class Run:
 class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operator as usual, then lets its rule carry the labels across."""
 
-    def __init__(self, tracer: Tracer, mask: Mask | None = None, watch: Watch | None = None) -> None:
+    def __init__(
+        self, tracer: Tracer, mask: Mask | None = None, watch: Watch | None = None, fake: FakeTensorMode | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.mask = mask
         self.watch = watch
+        self.fake = fake
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         t = self.tracer
@@ -79,7 +83,8 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         t.in_step = counted and t.guide is not None and t.op < len(t.guide.steps) and t.guide.steps[t.op][0] == name
         if self.mask is not None:
             args, kwargs = self.mask(call, t)
-        call.out = func(*args, **(kwargs or {}))
+        quick = shortcut(self.fake, call, func._schema.name.endswith("_")) if self.fake is not None else None
+        call.out = func(*args, **(kwargs or {})) if quick is None else quick
         if rule is not None:
             rule(t, call)
         else:
@@ -217,7 +222,7 @@ def labelled_call(
             stack.enter_context(fake)
             stack.enter_context(_quiet_failures())
         try:
-            with LabelMode(tracer, mask, watch):
+            with LabelMode(tracer, mask, watch, fake):
                 result = model(*example.args, **example.kwargs)
             run.outputs = outputs_of(result)
         except Exception as error:
@@ -289,11 +294,12 @@ class Engine:
                 copied = copied.index_select(dim, torch.from_numpy(indices).to(tensor.device))
             copied = copied if keep else copied.clone()
             return copied.to(self.dtype) if self.dtype and copied.is_floating_point() else copied
-        with fake:
-            if not keep:
-                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
-            return torch.empty(shape, dtype=tensor.dtype)
+        if not keep:
+            return fake_like(
+                fake, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            )
+        shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
+        return fake_like(fake, torch.empty(shape, dtype=tensor.dtype, device="meta"))
 
     def _inputs(self, fake: FakeTensorMode | None) -> Example:
         def convert(x: Tensor) -> Tensor:
@@ -301,8 +307,7 @@ class Engine:
                 new = x.detach().clone()
                 new = new.to(self.dtype) if self.dtype and new.is_floating_point() else new
             else:
-                with fake:
-                    new = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+                new = fake_like(fake, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
             new._attrim_value = Value((None,) * x.ndim, live=True)  # type: ignore[attr-defined]
             return new
 
