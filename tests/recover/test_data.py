@@ -194,6 +194,10 @@ def test_unlabelled_rows_are_refused(tmp_path):
 def test_nothing_there(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"no data at .*expected a parquet file, a folder with train.parquet"):
         open_source(str(tmp_path / "none.parquet"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match=r"no data at 'data/cifar'"):  # a folder of that name: not the hub
+        open_source("data/cifar")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"cannot read .*broken.parquet"):
         open_source(str(tmp_path / "broken.parquet"))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import attrim
+from attrim.core.axes import Axis
+from attrim.core.channels import PinnedAxis, Reason
 from attrim.report import Figures, Table, channel_table, comparison_table, pinned_table
 from attrim.report.tables import quantity
 
@@ -57,3 +62,19 @@ def test_channels_and_pins_of_a_network():
     assert pins.rows[0][0] in {"0.weight:1", "2.weight:0"}
     output = next(row for row in pins.rows if "output" in row[2])
     assert (output[0], output[1]) == ("2.weight:0", "+1")  # the weight and its bias, one reason
+
+
+def test_one_line_of_code_in_many_modules_is_one_row():
+    def pin(tensor: str, module: str, text: str = "picked by number") -> PinnedAxis:
+        return PinnedAxis(Axis(tensor, 0), np.arange(2), 4, Reason(text, "aten.unbind.int", module, "vit.py:12"))
+
+    pins = (pin("a.w", "a"), pin("a.b", "a"), pin("b.w", "b"), pin("c.w", "c"), pin("d.w", "d", "other"))
+    channels = attrim.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    assert pinned_table(dataclasses.replace(channels, pinned=pins)).rows == (
+        (
+            "a.w:0 (2 of 4)",
+            "+3",
+            "picked by number (aten.unbind.int, in module 'a', at vit.py:12); likewise in 2 other modules",
+        ),
+        ("d.w:0 (2 of 4)", "", "other (aten.unbind.int, in module 'd', at vit.py:12)"),
+    )

@@ -71,7 +71,7 @@ def pick_device(text: str) -> str:
     try:
         torch.empty(1, device=text)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise InputError(f"--device: torch cannot use '{text}' here ({reason}). Try --device cpu.") from error
     return text
 

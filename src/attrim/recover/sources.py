@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ def _load(name: str) -> Mapping[str, Any]:
                 return _mapping(datasets.load_dataset("imagefolder", data_dir=str(path)))
             if path.exists():
                 return _mapping(datasets.load_dataset("parquet", data_files=_parquet_files(path)))
-            if path.suffix or name.startswith((".", "~", "/")) or name.count("/") > 1:
+            if path.suffix or name.startswith((".", "~", "/")) or name.count("/") > 1 or _beside_a_folder(path):
                 raise DataError(
                     f"no data at '{name}': expected a parquet file, a folder with train.parquet and test.parquet, or "
                     "an image folder (train/cat/1.png)."
@@ -161,6 +162,11 @@ def _load(name: str) -> Mapping[str, Any]:
                 else f"'{name}' (nothing on disk has this name, so it was sought on the hub)"
             )
             raise DataError(f"cannot read {place}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _beside_a_folder(path: Path) -> bool:
+    """Whether ``data/cifar`` is meant as a path: the hub has no user whose name is a folder here."""
+    return path.parent != Path() and path.parent.is_dir()
 
 
 def _mapping(loaded: Any) -> Mapping[str, Any]:
@@ -235,10 +241,15 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
+    """Keep the libraries' own bars and retry messages off the screen."""
     shown = datasets.are_progress_bars_disabled() is False
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
     datasets.disable_progress_bars()
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()

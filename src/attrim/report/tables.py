@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attrim.core.channels import ChannelMap
+from attrim.core.channels import ChannelMap, PinnedAxis
 
 __all__ = ["Figures", "Table", "channel_table", "comparison_table", "pinned_table", "quantity"]
 
@@ -101,14 +101,26 @@ def channel_table(channels: ChannelMap) -> Table:
 
 
 def pinned_table(channels: ChannelMap) -> Table:
-    """What must stay, one row per reason: how many axes it holds, an example, and where it comes from."""
-    found: dict[str, list[str]] = {}
+    """What must stay, one row per reason: an example, how many axes more, and where it comes from.
+
+    Reasons that differ in the module alone (a line of code that many blocks run) share a row.
+    """
+    found: dict[tuple[str, str, str], list[PinnedAxis]] = {}
     for pin in channels.pinned:
-        part = "" if len(pin.positions) == pin.size else f" ({len(pin.positions)} of {pin.size})"
-        found.setdefault(str(pin.reason), []).append(f"{pin.axis}{part}")
-    rows = tuple((axes[0], f"+{len(axes) - 1}" if axes[1:] else "", reason) for reason, axes in found.items())
+        found.setdefault((pin.reason.text, pin.reason.operator, pin.reason.source), []).append(pin)
+    rows = tuple((_part(pins[0]), f"+{len(pins) - 1}" if pins[1:] else "", _reason(pins)) for pins in found.values())
     title = f"{len(channels.pinned)} axes that stay, in whole or in part"
     return Table(title, ("axis", "more", "reason"), rows, frozenset({1}))
+
+
+def _part(pin: PinnedAxis) -> str:
+    return str(pin.axis) if len(pin.positions) == pin.size else f"{pin.axis} ({len(pin.positions)} of {pin.size})"
+
+
+def _reason(pins: Sequence[PinnedAxis]) -> str:
+    others = len({pin.reason.module for pin in pins}) - 1
+    also = f"; likewise in {others} other module{'s' if others > 1 else ''}" if others else ""
+    return f"{pins[0].reason}{also}"
 
 
 def quantity(value: float, unit: str = "") -> str:
