@@ -128,6 +128,24 @@ def test_pattern_is_cut_and_right(pattern: Pattern, seed: int) -> None:
     _assert_whole(pattern, model, small, channels)
 
 
+@pytest.mark.slow
+def test_each_group_alone_down_to_one_channel(pattern: Pattern) -> None:
+    """Every group by itself loses all channels but one, then a single one: an axis of width 1 is still the right one."""
+    model, inputs = pattern.build()
+    channels = attrim.trace(model, inputs)
+    for group in channels:
+        order = torch.randperm(group.size, generator=torch.Generator().manual_seed(1)).tolist()
+        for count in {1, group.size - 1}:
+            plan = attrim.plan_from_kept(channels, {group.id: sorted(order[:count])})
+            small = attrim.apply(model, plan)
+            check = attrim.verify(model, small, plan, inputs)
+            assert check.ok, f"'{group.id}' cut to {count} of {group.size}: {check}"
+            if check.exact or pattern.independent_oracle:
+                error = oracle_error(model, small, plan, inputs, pattern.consumers, pattern.producers)
+                assert error is not None
+                assert error < TOLERANCE, f"'{group.id}' cut to {count} of {group.size}: {error}"
+
+
 def _plain_attributes(model: nn.Module) -> list[tuple[str, str, str]]:
     """Everything a module states about itself as a number, flag or list."""
     return [
