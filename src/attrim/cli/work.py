@@ -58,7 +58,7 @@ def run_prune(settings: PruneSettings) -> None:
 
 def _work(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> None:
     if start.images is not None:
-        _log_accuracy(run, "dense", start.dense, start.images)
+        _judge(run, "dense", start.dense, start.images)
     begin = time.monotonic()
     result = prune(
         start.dense,
@@ -68,7 +68,7 @@ def _work(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> N
         data=None if start.images is None else start.images.batches("train"),
         **_method_options(settings),
     )
-    _log_cut(run, result, time.monotonic() - begin)
+    _judge(run, "cut", result.model, start.images, **_cut_figures(result, time.monotonic() - begin))
     small = recover(run, settings, start, result.model)
     save(small, result.plan, run.folder)
     _report(run, start, result, small)
@@ -78,12 +78,11 @@ def recover(run: Run, settings: PruneSettings, start: Before, small: nn.Module) 
     """Recalibrate and fine-tune as the settings say, each step judged on the held-out rows."""
     if start.images is None:
         return small
-    _log_accuracy(run, "cut", small, start.images)
     augmented = start.images.batches("train", augment=True, shuffle=True)
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in small.modules())
     if settings.recalibrate and has_norm:
         small = recalibrate(small, augmented)
-        _log_accuracy(run, "recalibrated", small, start.images)
+        _judge(run, "recalibrated", small, start.images)
     if settings.finetune_epochs:
         small = finetune(
             small,
@@ -97,7 +96,7 @@ def recover(run: Run, settings: PruneSettings, start: Before, small: nn.Module) 
                 "finetune", **{f"train_{k}" if k == "accuracy" else k: v for k, v in report.items()}
             ),
         )
-        _log_accuracy(run, "finetuned", small, start.images)
+        _judge(run, "finetuned", small, start.images)
     return small
 
 
@@ -148,26 +147,27 @@ def _method_options(settings: PruneSettings) -> dict[str, Any]:
     return known | settings.option
 
 
-def _log_cut(run: Run, result: PruneResult, seconds: float) -> None:
+def _cut_figures(result: PruneResult, seconds: float) -> dict[str, Any]:
     check = result.verification
-    run.log(
-        "cut",
-        seconds=round(seconds, 3),
-        macs=[result.before.macs, result.after.macs],
-        params=[result.before.params, result.after.params],
-        channels=[result.before.channels, result.after.channels],
-        verified=None if check is None else check.ok,
-        exact=None if check is None else check.exact,
-        max_error=None if check is None else check.max_error,
-    )
     note(f"cut in {seconds:.1f} s; verified: {check}")
+    return {
+        "seconds": round(seconds, 3),
+        "macs": [result.before.macs, result.after.macs],
+        "params": [result.before.params, result.after.params],
+        "channels": [result.before.channels, result.after.channels],
+        "verified": None if check is None else check.ok,
+        "exact": None if check is None else check.exact,
+        "max_error": None if check is None else check.max_error,
+    }
 
 
-def _log_accuracy(run: Run, step: str, model: nn.Module, images: ImageData) -> None:
+def _judge(run: Run, step: str, model: nn.Module, images: ImageData | None, **figures: Any) -> None:
+    """Write down a step, with its accuracy on the held-out rows where there are any."""
     accuracy = _accuracy(model, images, "holdout")
     if accuracy is not None:
-        run.log(step, accuracy=accuracy, split="holdout")
+        figures |= {"accuracy": accuracy, "split": "holdout"}
         note(f"{step}: {accuracy:.2%} on held-out rows")
+    run.log(step, **figures)
 
 
 def _accuracy(model: nn.Module, images: ImageData | None, split: Split) -> float | None:
