@@ -53,8 +53,15 @@ def settle(engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntA
         astray, number = _probe(analysis)
         if astray is None:
             return _numbers(analysis) if number else analysis
-        if not _advance(analysis, decisions, astray.op, tried):
+        while not _advance(analysis, decisions, astray.op, tried):
             extra += _culprits(analysis, astray)
+            run = Run(analysis.tracer, analysis.outputs)  # more pins, the same run
+            analysis = conclude(engine, space, labels, run, analysis.book, extra)
+            if not analysis.parts.sizes.size:
+                return analysis
+            astray, number = _probe(analysis)
+            if astray is None:
+                return _numbers(analysis) if number else analysis
     raise TraceError(f"tracing did not settle after {_LIMIT} probes; last: {astray.reason if astray else ''}.")
 
 
@@ -182,7 +189,9 @@ class Watcher:
         if self.astray is not None:
             found.append(self.astray)
         elif run.failure is not None and not isinstance(run.failure.error, _Stop):
-            found.append(Astray(run.failure.op, run.failure.reason))
+            op, reason = run.failure.op, run.failure.reason
+            places = self.analysis.tracer.places
+            found.append(Astray(op, Reason(reason.text, *places[op]) if op < len(places) else reason))
         return min(found, key=lambda a: a.op) if found else None
 
 

@@ -83,8 +83,10 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         t.in_step = counted and t.guide is not None and t.op < len(t.guide.steps) and t.guide.steps[t.op][0] == name
         if self.mask is not None:
             args, kwargs = self.mask(call, t)
+        t.running = True
         quick = shortcut(self.fake, call, func._schema.name.endswith("_")) if self.fake is not None else None
         call.out = func(*args, **(kwargs or {})) if quick is None else quick
+        t.running = False
         if rule is not None:
             rule(t, call)
         else:
@@ -110,7 +112,7 @@ def _unknown(t: Tracer, call: Call, known: Sequence[Value]) -> None:
         t.set(out, (None,) * out.ndim, any(v.live for v in known))
 
 
-_COPIES = ("clone", "alias", "detach", "contiguous")
+_COPIES = ("clone", "alias", "detach", "contiguous", "device")
 """Whether a reshape copies depends on strides, and so on widths: copies are not counted as operators of a run."""
 
 _VIEWS = {"_unsafe_view": "view", "_reshape_alias": "view"}
@@ -226,7 +228,8 @@ def labelled_call(
                 result = model(*example.args, **example.kwargs)
             run.outputs = outputs_of(result)
         except Exception as error:
-            run.failure = Failure(error, tracer.op, tracer.here(_first_line(error)))
+            # raised between operators (a reshape that refuses, a check in the code): it is the next one that fails
+            run.failure = Failure(error, tracer.op + (not tracer.running), tracer.here(_first_line(error)))
     return run
 
 

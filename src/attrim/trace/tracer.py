@@ -69,6 +69,7 @@ class Tracer:
         inputs: the tensors that each module on the stack was called with.
         chosen: operator number -> names of the options that were taken there.
         guide: the recorded run that a run on a cut network follows, so that it reads every site in the same way.
+        running: an operator is being executed (so an error is its own).
         in_step: this operator has the same number and name as in the recorded run.
         sums: averages of the leaf modules' outputs, if they are to be collected.
         places: per operator its full name, module path and source line.
@@ -82,6 +83,7 @@ class Tracer:
     chosen: dict[int, list[str]] = field(default_factory=dict)
     guide: Tracer | None = None
     in_step: bool = False
+    running: bool = False
     sums: list[Tensor] | None = None
     places: list[tuple[str, str, str]] = field(default_factory=list)
     numbers: list[tuple[float, ...]] = field(default_factory=list)
@@ -173,12 +175,14 @@ class Tracer:
         self.chosen.setdefault(self.op, []).append(option.name)
         return option.action()
 
-    def guided_axes(self) -> list[int]:
+    def guided_axes(self, ndim: int) -> list[int]:
         """The labelled axes of this operator's result in the recorded run, for where labels alone cannot tell."""
         if self.guide is None or not self.in_step:
             return []
         _, outs, _ = self.guide.steps[self.op]
-        return [d for d, v in enumerate(outs[0][1].axes) if v is not None] if outs else []
+        if not outs or len(outs[0][1].axes) != ndim:
+            return []
+        return [d for d, v in enumerate(outs[0][1].axes) if v is not None]
 
     def module_widths(self, size: int) -> list[IntArray]:
         """Label vectors of that length on the inputs of the enclosing modules and on recent results, the nearest first."""

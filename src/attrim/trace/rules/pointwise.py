@@ -36,10 +36,11 @@ def copy(t: Tracer, call: Call) -> None:
     """copy_: the destination takes the source's labels; into a fresh constant buffer they must stay."""
     target, source = call["self"], call["src"]
     written = t.value(target)
-    if written.constant is not None and written.constant.on:
+    if written.constant is not None:
+        written.constant.live = written.constant.live or t.value(source).live
+    if written.constant is not None and written.constant.on and not written.labelled:
         t.pin_all([t.value(source)], "copied into a freshly made buffer")
         written.constant.on = False
-        written.constant.live = written.constant.live or t.value(source).live
         t.set(target, (None,) * target.ndim, t.value(source).live, written.constant)
         return
     pointwise(t, call)
@@ -55,7 +56,7 @@ def like(t: Tracer, call: Call) -> None:
     """zeros_like, rand_like: labels of the template; the content is new."""
     value = t.value(call.inputs[0])
     for out in call.outputs:
-        t.set(out, value.axes, False)
+        t.set(out, value.axes, False, None if "rand" in call.name else Cell())
 
 
 def silent(t: Tracer, call: Call) -> None:

@@ -32,7 +32,7 @@ def place(t: Tracer, call: Call, value: Value, out: Tensor, tables: Sequence[Tab
     was_split = False
     for labels, dims in sorted(tables, key=lambda table: not _varying(table[0])):
         varying = _varying(labels)
-        guided = [d for d in t.guided_axes() if axes[d] is None] if not varying else []
+        guided = [d for d in t.guided_axes(out.ndim) if axes[d] is None] if not varying else []
         if guided:  # one survivor: its label may sit on any axis; the recorded run knows which
             dim = next((d for d in guided if d in dims), guided[0])
             vector: IntArray | None = np.full(out.shape[dim], labels.flat[0])
