@@ -58,6 +58,10 @@ def check_model(model: Any) -> None:
         raise InputError("model: found a compiled model. Pass the model before torch.compile: model._orig_mod.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"model: found a {type(model).__name__} wrapper. Pass the model inside: model.module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "model: found a TorchScript model, whose operators carry no modules. Pass the nn.Module it was made from."
+        )
     parameters = dict(model.named_parameters())
     if not parameters:
         raise InputError(f"model: {type(model).__name__} has no parameters, so there is nothing to prune.")
@@ -75,6 +79,12 @@ def check_model(model: Any) -> None:
             raise InputError(
                 f"model: parameter '{name}' holds NaN or infinite values; no criterion can rank them. "
                 "Load a good checkpoint: [n for n, p in model.named_parameters() if not p.isfinite().all()] lists the bad ones."
+            )
+
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and torch.isnan(buffer).any():
+            raise InputError(
+                f"model: buffer '{name}' holds NaN values. Load a good checkpoint, or reset the statistics."
             )
 
 

@@ -226,10 +226,11 @@ def labelled_call(
         try:
             with LabelMode(tracer, mask, watch, fake):
                 result = model(*example.args, **example.kwargs)
-            run.outputs = outputs_of(result)
         except Exception as error:
             # raised between operators (a reshape that refuses, a check in the code): it is the next one that fails
             run.failure = Failure(error, tracer.op + (not tracer.running), tracer.here(_first_line(error)))
+            return run
+    run.outputs = outputs_of(result)
     return run
 
 

@@ -119,9 +119,11 @@ def verify(
     if effects:
         exact_error, dtype = compare(analysis, None, exact_part(analysis, alive))
     limit = tolerance if dtype == "float64" else max(tolerance, 1e-3)
-    ok = exact_error <= limit
-    found = () if ok or departure is None else (departure,)
-    return Verification(ok, not effects, error, exact_error, found, effects, dtype)
+    foreign = _foreign(model, small, plan)
+    ok = exact_error <= limit and not foreign
+    if departure is not None and exact_error > limit:
+        foreign.insert(0, departure)
+    return Verification(ok, not effects, error, exact_error, tuple(foreign), effects, dtype)
 
 
 def _check_shapes(model: nn.Module, small: nn.Module, plan: PruningPlan) -> None:
@@ -137,6 +139,21 @@ def _check_shapes(model: nn.Module, small: nn.Module, plan: PruningPlan) -> None
                 f"the pruned network does not follow the plan: '{name}' should have shape {expected}, found {after.get(name)}. "
                 "Make it with attrim.apply(model, plan)."
             )
+
+
+def _foreign(model: nn.Module, small: nn.Module, plan: PruningPlan) -> list[Conflict]:
+    """Tensors of ``small`` that are not the kept positions of the original's, value by value."""
+    after = named_tensors(small).tensors
+    conflicts = []
+    for name, tensor in named_tensors(model).tensors.items():
+        kept = tensor.detach()
+        for dim, indices in plan.cuts[name].keep.items() if name in plan.cuts else ():
+            kept = kept.index_select(dim, torch.tensor(indices, device=kept.device))
+        found = after[name].detach()
+        if found.dtype != kept.dtype or not torch.equal(found.to(kept.device), kept):
+            text = f"'{name}' does not hold the original's values at the kept positions; verify before any recovery"
+            conflicts.append(Conflict(Reason(text)))
+    return conflicts[:_SHOWN]
 
 
 def _alive(analysis: Analysis, plan: PruningPlan) -> Alive:
