@@ -88,7 +88,7 @@ def ours(model: nn.Module, inputs: Tensor, classifier: str) -> Outcome:
 
 
 def peer(model: nn.Module, inputs: Tensor, classifier: str) -> Outcome:
-    """Torch-Pruning 1.6.1 as it is commonly used: a schedule of 20 steps towards everything, walked until the target."""
+    """Torch-Pruning 1.6.1 as it is commonly used: a schedule of 20 steps, walked until the target is met."""
     import torch_pruning as tp
 
     model = copy.deepcopy(model)
