@@ -80,7 +80,6 @@ _ALL = (
         "first-order change of the loss without the channel",
         "Molchanov et al., CVPR 2019",
         requires="a weight that the loss depends on (no no_grad or detach on the way)",
-        normalize="none",
     ),
     Criterion(
         "hrank",

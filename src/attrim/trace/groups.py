@@ -62,17 +62,20 @@ def _by_group(vector: IntArray, parts: Partition) -> list[tuple[int, IntArray]]:
     if not held.size:
         return []
     order = held[np.lexsort((parts.channel_of[vector[held]], group[held]))]
-    sorted_groups = group[order]
-    bounds = np.flatnonzero(np.diff(sorted_groups)) + 1
-    tables = []
-    for positions in np.split(order, bounds):
-        g = int(group[positions[0]])
-        size = int(parts.sizes[g])
-        if len(positions) % size == 0:
-            table = positions.reshape(size, -1)
-            if (parts.channel_of[vector[table]] == np.arange(size)[:, None]).all():
-                tables.append((g, table))
-    return tables
+    start = np.flatnonzero(np.diff(group[order], prepend=-1))
+    numbers = group[order[start]]
+    lengths = np.diff(start, append=len(order))
+    per = lengths // parts.sizes[numbers]
+    place = np.arange(len(order)) - np.repeat(start, lengths)
+    even = place // np.repeat(np.maximum(per, 1), lengths) == parts.channel_of[vector[order]]
+    whole = np.logical_and.reduceat(even, start) & (per * parts.sizes[numbers] == lengths)
+    return [
+        (g, order[first : first + length].reshape(-1, k))
+        for g, first, length, k, ok in zip(
+            numbers.tolist(), start.tolist(), lengths.tolist(), per.tolist(), whole.tolist(), strict=True
+        )
+        if ok
+    ]
 
 
 def _members(named: NamedTensors, space: LabelSpace, book: Recorder, parts: Partition) -> list[list[Member]]:

@@ -299,11 +299,9 @@ class Engine:
             copied = copied if keep else copied.clone()
             return copied.to(self.dtype) if self.dtype and copied.is_floating_point() else copied
         if not keep:
-            return fake_like(
-                fake, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            )
+            return fake_like(fake, tensor.shape, tensor.dtype, tensor.stride())
         shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
-        return fake_like(fake, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+        return fake_like(fake, shape, tensor.dtype)
 
     def _inputs(self, fake: FakeTensorMode | None) -> Example:
         def convert(x: Tensor) -> Tensor:
@@ -311,7 +309,7 @@ class Engine:
                 new = x.detach().clone()
                 new = new.to(self.dtype) if self.dtype and new.is_floating_point() else new
             else:
-                new = fake_like(fake, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+                new = fake_like(fake, x.shape, x.dtype, x.stride())
             new._attrim_value = Value((None,) * x.ndim, live=True)  # type: ignore[attr-defined]
             return new
 

@@ -6,6 +6,7 @@ Where the result has plainly the shape of its input, it is made directly. Anythi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,16 @@ _UNARY = frozenset(
 _BINARY = frozenset(("add", "mul", "sub"))
 
 
-def fake_like(mode: FakeTensorMode, shape: Tensor) -> Tensor:
-    """A fake CPU tensor with the shape and strides of a meta tensor; a tenth of the cost of a dispatched factory."""
-    return FakeTensor(mode, shape, _CPU)
+def fake_like(
+    mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None
+) -> Tensor:
+    """A fake CPU tensor, made directly; a dispatched factory costs ten times as much."""
+    with torch._C._DisableTorchDispatch():  # otherwise the mode that is active would dispatch the meta tensor as well
+        if stride is None:
+            meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        else:
+            meta = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
+        return FakeTensor(mode, meta, _CPU)
 
 
 def shortcut(mode: FakeTensorMode, call: Call, in_place: bool) -> Any:
@@ -37,7 +45,7 @@ def shortcut(mode: FakeTensorMode, call: Call, in_place: bool) -> Any:
     if call.name == "empty" and call.func is torch.ops.aten.empty.memory_format:
         if call.kwargs.get("device") in (None, _CPU) and call.kwargs.get("memory_format") is None:
             dtype = call.kwargs.get("dtype") or torch.get_default_dtype()
-            return fake_like(mode, torch.empty(call.args[0], dtype=dtype, device="meta"))
+            return fake_like(mode, call.args[0], dtype)
         return None
     if call.name in _UNARY and len(call.inputs) == 1:
         return _same(mode, call.inputs[0], in_place)
@@ -55,7 +63,7 @@ def _same(mode: FakeTensorMode, x: Tensor, in_place: bool) -> Tensor | None:
     dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
     if not x.is_floating_point() or not dense:
         return None
-    return fake_like(mode, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+    return fake_like(mode, x.shape, x.dtype, x.stride())
 
 
 def _batch_norm(mode: FakeTensorMode, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -66,5 +74,4 @@ def _batch_norm(mode: FakeTensorMode, call: Call) -> tuple[Tensor, Tensor, Tenso
     out = _same(mode, x, False)
     if out is None:
         return None
-    statistics = [fake_like(mode, torch.empty(0, dtype=x.dtype, device="meta")) for _ in range(2)]
-    return out, statistics[0], statistics[1]
+    return out, fake_like(mode, (0,), x.dtype), fake_like(mode, (0,), x.dtype)
