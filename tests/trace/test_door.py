@@ -104,7 +104,7 @@ def test_a_wrong_shape_names_the_line_the_torch_error_and_the_shape_given() -> N
     text = str(caught.value)
     assert "the model (Plain) does not run on the example inputs" in text
     assert "expected input[1, 4, 8, 8] to have 3 channels, but got 4 channels" in text
-    assert "aten.convolution" in text
+    assert "(aten.convolution, in module 'conv1', at " in text
     assert "nets.py:" in text
     assert "The inputs were (1, 4, 8, 8) float32" in text
     assert isinstance(caught.value.__cause__, RuntimeError)
