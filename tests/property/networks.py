@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import steps
+from . import movements, steps
 
 IMAGE = (2, 3, 8, 8)
 MAX_WIDTH = 32
@@ -116,22 +116,38 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "mix_tokens": steps.MixTokens,
     "attention": steps.Attention,
     "head": steps.Head,
+    "thirds": movements.Thirds,
+    "rotate": movements.Rotate,
+    "roll": movements.Roll,
+    "pick": movements.Pick,
+    "interleave": movements.Interleave,
+    "stack": movements.Stack,
+    "fold": movements.Fold,
+    "broadcast": movements.Broadcast,
+    "einsum": movements.Einsum,
+    "tied": movements.Tied,
+    "looks": movements.Looks,
+    "several": movements.Several,
 }
 
 STATISTICS = {"gn", "ln_image", "ln"}
 """Kinds with statistics over channels: removing a channel changes them, so such a cut may be inexact."""
 
 
+UNREAD = {"attention", "looks", "fold", "einsum", "tied"}
+"""Kinds that read across channels by something else than a convolution or linear layer."""
+
+
 def reads_channels_without_weights(net: Network) -> bool:
-    """Whether something other than a layer or a norm reads across channels: pooled gates, queries times keys.
+    """Whether something other than a layer or a norm reads across channels: pooled gates, queries times keys, parameters.
 
     A layer over positions makes them channels as well, and the head may take their mean. Zeroing the columns of layers
     says nothing there, and the cut may be inexact.
     """
     inner = [s for part in net.parts for s in part.walk()]
     pooled = any(s.kind == "spatial_gate" and dict(s.numbers)["pooled"] for s in inner)
-    averaged = not dict(net.parts[-1].numbers)["flat"]
-    return pooled or "attention" in net.kinds() or ("mix_tokens" in net.kinds() and averaged)
+    averaged = not dict(net.parts[-1].numbers).get("flat", True)
+    return pooled or bool(net.kinds() & UNREAD) or ("mix_tokens" in net.kinds() and averaged)
 
 
 @dataclass(frozen=True)
