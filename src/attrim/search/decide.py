@@ -24,6 +24,9 @@ def plan_from_kept(
 
     Raises:
         InputError: an unknown group, an empty selection, or indices outside the group.
+
+    Example:
+        >>> plan = attrim.plan_from_kept(channels, {"layer1.0.conv1": [0, 2, 5, 7]})
     """
     chosen = {name: _indices(channels, name, indices) for name, indices in kept.items()}
     removed: dict[Axis, list[IntArray]] = {}

@@ -38,5 +38,5 @@ def check_numbers(analysis: Analysis) -> Analysis:
 
 def _fails(analysis: Analysis, groups: Sequence[int]) -> bool:
     alive = exact_part(analysis, random_cut(analysis, groups))
-    error, dtype = compare(analysis, None, alive)
+    error, dtype, _ = compare(analysis, None, alive)
     return not np.isfinite(error) or error > (TOLERANCE if dtype == "float64" else 1e-3)

@@ -8,6 +8,7 @@ is the place. Its site moves on to the next option; where there is none, the cha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,10 +95,10 @@ def random_cut(analysis: Analysis, groups: Sequence[int] | None = None, flip: bo
     start = np.concatenate([[0], np.cumsum(parts.sizes)])
     stays = np.ones(int(start[-1]), bool)
     for g, size in enumerate(parts.sizes.tolist()):
-        many = bool(g % 2) != flip
-        least = max(1, size // 2) if many else 1
-        most = max(1, size - 2) if many else max(1, size // 4)
-        count = int(rng.integers(min(least, most), most + 1))
+        if bool(g % 2) != flip:
+            count = int(rng.integers(max(1, size // 2), size - (size > 4)))
+        else:
+            count = int(rng.integers(min(1, size - 2), max(2, size // 4 + 1))) if size > 2 else 0
         gone = rng.permutation(size)[:count]
         if groups is None or g in groups:
             stays[start[g] + gone] = False
@@ -110,7 +111,7 @@ def _probe(analysis: Analysis) -> tuple[Astray | None, Astray | None]:
     """One random cut; a second one with the counts exchanged where pieces of one axis could be unequally wide."""
     astray, number = coherence(analysis, random_cut(analysis))
     pieces = any(key.kind in ("pieces", "slice") for sites in analysis.tracer.sites.values() for key, _ in sites)
-    if astray is None and pieces:
+    if astray is None and (pieces or (analysis.parts.sizes == 2).any()):  # a group of 2 loses one channel or none
         astray, more = coherence(analysis, random_cut(analysis, flip=True))
         number = number or more
     return astray, number
@@ -169,6 +170,8 @@ class Watcher:
             (name, was, _), (now_name, now, _) = recorded.steps[op], tracer.steps[op]
             if name != now_name:
                 self.in_step = False  # another course of operators; ties still watch over it
+            elif _inside_einsum(tracer):
+                pass  # lays sizes of 1 out in its own way; what comes out of it is compared by whoever reads it
             elif len(was) != len(now) or any(map(self._differs, was, now)):
                 text = "takes other positions once a width has changed"
                 self.astray = Astray(op, Reason(text, *recorded.places[op]))
@@ -193,6 +196,11 @@ class Watcher:
             places = self.analysis.tracer.places
             found.append(Astray(op, Reason(reason.text, *places[op]) if op < len(places) else reason))
         return min(found, key=lambda a: a.op) if found else None
+
+
+def _inside_einsum(tracer: Tracer) -> bool:
+    """Whether the operator was called by torch's own functional layer, as those of an einsum are."""
+    return tracer.lines is not None and tracer.lines.inner[0].endswith(os.path.join("torch", "functional.py"))
 
 
 def _differs(
@@ -269,15 +277,27 @@ def _roots_at(analysis: Analysis, op: int) -> set[int]:
 
 
 def _dead_end(analysis: Analysis, decisions: dict[SiteKey, int], tried: set[tuple[tuple[SiteKey, int], ...]]) -> bool:
-    """Move on a split whose kept factor turned out to lie along a window: another factor may be the channels."""
+    """Move on a split whose kept factor lies along a window or is tied into one piece: another factor may be the channels.
+
+    A line that several modules run moves on only if it is a dead end for all of them.
+    """
+    places: dict[SiteKey, list[int]] = {}
     for op, sites in analysis.tracer.sites.items():
         for key, options in sites:
             if key.kind == "split" and decisions.get(key, 0) < options - 2:
-                roots = _roots_at(analysis, op)
-                reasons = [analysis.solution.reasons.get(r) for r in roots]
-                if roots and all(r is not None and "along the channel axis" in r.text for r in reasons):
-                    return _advance(analysis, decisions, op, tried)
+                places.setdefault(key, []).append(op)
+    for ops in places.values():
+        if all(_stuck(analysis, op) for op in ops):
+            return _advance(analysis, decisions, ops[0], tried)
     return False
+
+
+def _stuck(analysis: Analysis, op: int) -> bool:
+    """Whether no channel on the results of an operator can go, for a reason that another option may avoid."""
+    roots = _roots_at(analysis, op)
+    reasons = [analysis.solution.reasons.get(r) for r in roots]
+    windows = all(r is not None and "along the channel axis" in r.text for r in reasons)
+    return bool(roots) and (windows or roots <= set(analysis.solution.roots[analysis.parts.lonely].tolist()))
 
 
 def _culprits(analysis: Analysis, astray: Astray) -> Pins:

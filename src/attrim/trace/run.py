@@ -84,6 +84,7 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.mask is not None:
             args, kwargs = self.mask(call, t)
         t.running = True
+        t.path = t.stack[-1][0] if t.stack else ""  # an exception unwinds the stack before anybody asks
         quick = shortcut(self.fake, call, func._schema.name.endswith("_")) if self.fake is not None else None
         call.out = func(*args, **(kwargs or {})) if quick is None else quick
         t.running = False
@@ -228,10 +229,14 @@ def labelled_call(
                 result = model(*example.args, **example.kwargs)
         except Exception as error:
             # raised between operators (a reshape that refuses, a check in the code): it is the next one that fails
-            run.failure = Failure(error, tracer.op + (not tracer.running), tracer.here(_first_line(error)))
+            run.failure = Failure(error, tracer.op + (not tracer.running), _reason(tracer, error))
             return run
     run.outputs = outputs_of(result)
     return run
+
+
+def _reason(tracer: Tracer, error: Exception) -> Reason:
+    return Reason(_first_line(error), tracer.operator, tracer.path, str(tracer.lines) if tracer.lines else "")
 
 
 def _first_line(error: Exception) -> str:

@@ -69,6 +69,7 @@ class Tracer:
         inputs: the tensors that each module on the stack was called with.
         chosen: operator number -> names of the options that were taken there.
         guide: the recorded run that a run on a cut network follows, so that it reads every site in the same way.
+        path: module that ran the last operator.
         running: an operator is being executed (so an error is its own).
         in_step: this operator has the same number and name as in the recorded run.
         sums: averages of the leaf modules' outputs, if they are to be collected.
@@ -84,6 +85,7 @@ class Tracer:
     guide: Tracer | None = None
     in_step: bool = False
     running: bool = False
+    path: str = ""
     sums: list[Tensor] | None = None
     places: list[tuple[str, str, str]] = field(default_factory=list)
     numbers: list[tuple[float, ...]] = field(default_factory=list)
@@ -174,6 +176,10 @@ class Tracer:
             option = next((o for o in options if o.name == recorded), option)
         self.chosen.setdefault(self.op, []).append(option.name)
         return option.action()
+
+    def recorded_options(self) -> Sequence[str]:
+        """Names of the options that the recorded run took at this operator."""
+        return self.guide.chosen.get(self.op, ()) if self.guide is not None and self.in_step else ()
 
     def guided_axes(self, ndim: int) -> list[int]:
         """The labelled axes of this operator's result in the recorded run, for where labels alone cannot tell."""

@@ -110,17 +110,19 @@ def verify(
     mixed, departure = _coherence(analysis, small, alive, example_of(example_inputs))
     conflicts = [*_torn(analysis, alive), *mixed]
     effects = _effects(analysis, alive)
-    if effects and departure is not None:  # where numbers are no judge, the course of the network is
+    if departure is not None and (effects or conflicts):  # where numbers are no judge, the course of the network is
         conflicts.append(departure)
     if conflicts:
         return Verification(False, not effects, float("inf"), float("inf"), tuple(conflicts), effects, "float64")
-    error, dtype = compare(analysis, small, alive)
+    error, dtype, failure = compare(analysis, small, alive)
     exact_error = error
     if effects:
-        exact_error, dtype = compare(analysis, None, exact_part(analysis, alive))
+        exact_error, dtype, failure = compare(analysis, None, exact_part(analysis, alive))
     limit = tolerance if dtype == "float64" else max(tolerance, 1e-3)
     foreign = _foreign(model, small, plan)
     ok = exact_error <= limit and not foreign
+    if failure is not None:
+        foreign.insert(0, Conflict(failure))
     if departure is not None and exact_error > limit:
         foreign.insert(0, departure)
     return Verification(ok, not effects, error, exact_error, tuple(foreign), effects, dtype)
@@ -231,17 +233,19 @@ def _coherence(
     return conflicts, Conflict(watch.astray.reason, watch.astray.op) if watch.astray else None
 
 
-def compare(analysis: Analysis, small: nn.Module | None, alive: Alive) -> tuple[float, str]:
-    """Largest relative difference of all outputs; in the model's own precision only where float64 cannot run."""
+def compare(analysis: Analysis, small: nn.Module | None, alive: Alive) -> tuple[float, str, Reason | None]:
+    """Largest relative difference; in the model's own precision only where float64 cannot run. With a failed run, why."""
     result = _compare(analysis, small, alive, torch.float64)
-    if result is not None:
-        return result, "float64"
+    if not isinstance(result, Reason):
+        return result, "float64", None
     result = _compare(analysis, small, alive, None)
-    return (float("inf") if result is None else result), "the model's own precision"
+    if not isinstance(result, Reason):
+        return result, "the model's own precision", None
+    return float("inf"), "float64", result
 
 
-def _compare(analysis: Analysis, small: nn.Module | None, alive: Alive, dtype: torch.dtype | None) -> float | None:
-    """Run the masked original and the cut network side by side; None if one of them cannot run in ``dtype``."""
+def _compare(analysis: Analysis, small: nn.Module | None, alive: Alive, dtype: torch.dtype | None) -> float | Reason:
+    """Run the masked original and the cut network side by side; the reason if one of them cannot run in ``dtype``."""
     tracer = analysis.tracer
     engine = Engine(analysis.engine.model, analysis.engine.example)
     engine.real, engine.dtype, engine.sums = True, dtype, True
@@ -253,8 +257,9 @@ def _compare(analysis: Analysis, small: nn.Module | None, alive: Alive, dtype: t
     else:
         keep, attributes = _keep(analysis, alive), analysis.attributes_at(alive)
         cut = engine.run(Recorder(), _blank(engine), tracer.decisions, keep, attributes, guide=tracer)
-    if masked.failure is not None or cut.failure is not None:
-        return None
+    for run in (masked, cut):
+        if run.failure is not None:
+            return run.failure.reason
     return max(_difference(masked, cut), _difference_inside(masked, cut, alive))
 
 

@@ -47,7 +47,7 @@ def convolution(t: Tracer, call: Call) -> None:
     space = _untouched(t, call, xv)
     for vector in wv.axes[2:]:
         t.pin(vector, "kernel size")
-    if groups == 1:
+    if groups == 1 and "whole groups" not in t.recorded_options():  # one surviving group is still a group
         inside, outside = (0, 1) if transposed else (1, 0)
         _contract(t, xv, 1, wv, inside)
         _roles(t, wv, outside, inside)

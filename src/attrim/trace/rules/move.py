@@ -217,6 +217,14 @@ def run_on_labels(t: Tracer, call: Call) -> None:
     place(t, call, value, out, tables)
 
 
+def roll(t: Tracer, call: Call) -> None:
+    """A roll by a constant puts other channels next to each other once some are gone, so rolled axes stay."""
+    value = t.value(call.inputs[0])
+    for d in call["dims"] or range(len(value.axes)):
+        t.pin(value.axes[d], "rolled by a constant along the channel axis")
+    run_on_labels(t, call)
+
+
 def _outside(call: Call, labels: IntArray, shape: tuple[int, ...]) -> IntArray:
     """Run the operator on labels spread to ``shape``, in a thread of its own: dispatch modes belong to a thread."""
 
@@ -282,11 +290,12 @@ RULES = {
     "constant_pad_nd": constant_pad,
     "expand": expand,
     "repeat": repeat,
-    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "roll", "im2col",
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "flip", "im2col",
                      "unfold", "rot90"), run_on_labels),
     "as_strided": as_strided,
+    "roll": roll,
     "index": index,
     "_unsafe_index": index,
-    **dict.fromkeys(("gather", "sort", "topk", "cumsum", "cumprod", "index_select", "flip", "logcumsumexp", "argsort",
+    **dict.fromkeys(("gather", "sort", "topk", "cumsum", "cumprod", "index_select", "logcumsumexp", "argsort",
                      "kthvalue", "median", "mode", "diff"), along),
 }  # fmt: skip
