@@ -39,6 +39,7 @@ def test_short_demo(call, tmp_path):
     ]
     final = lines[-1]
     assert final["reloaded_equal"] is True
+    assert final["threads"] == 1
     assert 0.49 < final["macs"][1] / final["macs"][0] <= 0.5
     assert final["accuracy"][1] > 0.4
     small = attrim.load(tmp_path / "a", model=DigitNet())
@@ -57,6 +58,13 @@ def test_the_whole_demo_keeps_its_promise(call, tmp_path):
     assert final["accuracy"][1] > final["accuracy"][0] - 0.02
     assert final["latency_ms"][1] < final["latency_ms"][0]
     assert final["elapsed"] < 120
+
+
+def test_unknown_method_is_refused_before_training(call, tmp_path):
+    said = call("demo", "--method", "l3", "--out", tmp_path / "a")
+    assert said.status == 2
+    assert "--method: expected one of random, l1, l2, lamp" in said.err
+    assert not (tmp_path / "a").exists()
 
 
 def test_bad_budget_is_refused_before_training(call, tmp_path):

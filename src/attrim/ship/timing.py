@@ -15,7 +15,7 @@ from torch import nn
 from attrim.errors import InputError
 from attrim.modules.batches import device_of, to_device
 
-__all__ = ["Latency", "compare_latency", "latency"]
+__all__ = ["Latency", "compare_latency", "cpu_threads", "latency"]
 
 _SHORTEST = 2e-3
 """Seconds that one sample should last; faster models are called several times per sample."""
@@ -93,7 +93,7 @@ def compare_latency(
     samples: dict[str, list[float]] = {name: [] for name in models}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_threads(threads))
+        stack.enter_context(cpu_threads(threads))
         for model in models.values():
             stack.enter_context(_eval_mode(model))
         for name, call in calls.items():
@@ -156,7 +156,8 @@ def _nothing() -> None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use ``count`` CPU threads inside the block; None leaves them as they are."""
     before = torch.get_num_threads()
     try:
         if count is not None:
