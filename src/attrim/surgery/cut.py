@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attrim.core.plan import Cut, PruningPlan
-from attrim.errors import InputError, PlanError
+from attrim.errors import InputError, PlanError, SurgeryError
 from attrim.modules.names import NamedTensors, fingerprint, named_tensors
 from attrim.modules.repair import REPAIRS, Repair, read_attribute, repair_attributes, write_attribute
 from attrim.modules.skeleton import copy_with
@@ -36,6 +36,11 @@ def apply(model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Modul
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected an nn.Module to cut, found {type(model).__name__}.")
+    if plan.drops:
+        raise SurgeryError(
+            f"the plan removes whole branches ({', '.join(plan.drops[:3])}), which this version of attrim cannot do yet. "
+            "Make a plan without drops."
+        )
     named = named_tensors(model)
     _check_fit(named, plan)
     new = {name: cut_tensor(named.tensors[name], cut) for name, cut in plan.cuts.items()}
@@ -54,7 +59,7 @@ def cut_tensor(tensor: Tensor, cut: Cut) -> Tensor:
     kept = kept.to(memory_format=_memory_format(tensor), copy=not cut.keep)
     if not isinstance(tensor, nn.Parameter):
         return kept
-    parameter = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+    parameter = Tensor._make_subclass(type(tensor), kept, tensor.requires_grad)
     parameter.__dict__.update(tensor.__dict__)
     return parameter
 
@@ -97,7 +102,13 @@ def _write_attributes(small: nn.Module, plan: PruningPlan) -> None:
                 f"the plan changes attributes of module '{path}', which this model does not have."
             ) from error
         for name, change in cuts.items():
-            found = read_attribute(module, name)
+            try:
+                found = read_attribute(module, name)
+            except (AttributeError, IndexError, TypeError) as error:
+                raise PlanError(
+                    f"the plan sets '{path}.{name}' from {change.before} to {change.after}, which this model does not have: "
+                    "the plan was made for another version of its code."
+                ) from error
             if found not in (change.before, change.after):  # equal to `after` where the type's own repair came first
                 raise PlanError(
                     f"the plan sets '{path}.{name}' from {change.before} to {change.after}, but it is {found} here: "

@@ -145,6 +145,10 @@ def coherence(analysis: Analysis, alive: Alive) -> tuple[Astray | None, Astray |
     return watch.verdict(run), watch.number
 
 
+_OTHER_AXIS = ("along the channel axis", "picked by number")
+"""Reasons that speak of an axis which is not the channels: a window, the three of q, k and v."""
+
+
 class _Stop(Exception):
     """Ends a run whose verdict is known."""
 
@@ -296,8 +300,8 @@ def _stuck(analysis: Analysis, op: int) -> bool:
     """Whether no channel on the results of an operator can go, for a reason that another option may avoid."""
     roots = _roots_at(analysis, op)
     reasons = [analysis.solution.reasons.get(r) for r in roots]
-    windows = all(r is not None and "along the channel axis" in r.text for r in reasons)
-    return bool(roots) and (windows or roots <= set(analysis.solution.roots[analysis.parts.lonely].tolist()))
+    wrong = all(r is not None and any(text in r.text for text in _OTHER_AXIS) for r in reasons)
+    return bool(roots) and (wrong or roots <= set(analysis.solution.roots[analysis.parts.lonely].tolist()))
 
 
 def _culprits(analysis: Analysis, astray: Astray) -> Pins:

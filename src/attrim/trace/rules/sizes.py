@@ -91,7 +91,11 @@ def _split(
         t.pin(labels.ravel(), f"an axis is split into {tuple(labels.shape)} and {_CONSTANT}")
         return 0, None
 
-    options = [keep(axis, head.name) for axis in varying for head in t.attributes(labels.shape[axis], HEAD_COUNTS)[:1]]
+    options = [
+        keep(axis, head.name)
+        for axis in reversed(varying)
+        for head in t.attributes(labels.shape[axis], HEAD_COUNTS)[:1]
+    ]
     flat = call.inputs[0].ndim == 2  # a flat vector becomes maps: channels come first
     by_size = (
         varying
