@@ -93,7 +93,7 @@ def _split(
 
     options = [
         keep(axis, head.name)
-        for axis in reversed(varying)
+        for axis in (*reversed(varying[:-1]), varying[-1])
         for head in t.attributes(labels.shape[axis], HEAD_COUNTS)[:1]
     ]
     flat = call.inputs[0].ndim == 2  # a flat vector becomes maps: channels come first
