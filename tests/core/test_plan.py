@@ -114,9 +114,7 @@ def test_a_truncated_file_names_the_place(plan: PruningPlan, tmp_path: Path) -> 
 
 
 def test_a_newer_file_says_how_to_update() -> None:
-    with pytest.raises(
-        PlanError, match=r"has version 2, this attrim reads up to 1. Update with: pip install"
-    ):
+    with pytest.raises(PlanError, match=r"has version 2, this attrim reads up to 1. Update with: pip install"):
         PruningPlan.from_json(layout(version=2))
 
 
