@@ -52,6 +52,11 @@ def allocate(channels: ChannelMap, scores: Scores, budget: Budget) -> PruningPla
     Example:
         >>> plan = attrim.allocate(channels, scores, attrim.Budget(macs=0.5, multiple_of=8))
     """
+    if not isinstance(channels, ChannelMap) or not isinstance(scores, Scores):
+        raise InputError(
+            f"allocate expects (ChannelMap, Scores, Budget), found {type(channels).__name__} and {type(scores).__name__}. "
+            "channels = attrim.trace(model, inputs); scores = attrim.score(model, channels, 'l2')."
+        )
     if not isinstance(budget, Budget):
         raise InputError(f"budget: expected an attrim.Budget, found {budget!r}. For example attrim.Budget(macs=0.5).")
     free = candidates(channels, scores, budget)
@@ -59,7 +64,8 @@ def allocate(channels: ChannelMap, scores: Scores, budget: Budget) -> PruningPla
     field = _Field.of(channels, scores, budget, free)
     if limits.slack(field.floors) < 0:
         raise unreachable(channels, limits, field.floors, free, budget)
-    kept = _give_back(field, limits, _smallest_cut(field, limits))
+    kept, ceiling = _smallest_cut(field, limits)
+    kept = _give_back(field, limits, kept, field.sizes if budget.scope == "global" else ceiling)
     slack = limits.slack(kept)
     if slack > _TOLERANCE and (kept < field.sizes).any():
         warnings.warn(
@@ -180,8 +186,8 @@ def _by_kind(sizes: IntArray, order: IntArray, kinds: dict[int, str]) -> Callabl
     return level
 
 
-def _smallest_cut(field: _Field, limits: Limits) -> IntArray:
-    """Bisect for the first step at which every limit holds."""
+def _smallest_cut(field: _Field, limits: Limits) -> tuple[IntArray, IntArray]:
+    """Bisect for the first step at which every limit holds; returns its widths and those of the step before."""
     low, high = 0, field.steps
     while low < high:
         middle = (low + high) // 2
@@ -190,11 +196,11 @@ def _smallest_cut(field: _Field, limits: Limits) -> IntArray:
         else:
             low = middle + 1
     kept = field.kept(low)
-    return kept if limits.slack(kept) >= 0 else field.floors.copy()
+    return (kept if limits.slack(kept) >= 0 else field.floors.copy()), field.kept(max(0, low - 1))
 
 
-def _give_back(field: _Field, limits: Limits, kept: IntArray) -> IntArray:
-    """Return the most important removed channels while the limits hold; within a group in order of rank."""
+def _give_back(field: _Field, limits: Limits, kept: IntArray, ceiling: IntArray) -> IntArray:
+    """Return the most important removed channels while the limits hold, up to ``ceiling``; within a group by rank."""
     kept = kept.copy()
     closed: set[int] = set()
     for _ in range(_FILL_STEPS):
@@ -202,7 +208,7 @@ def _give_back(field: _Field, limits: Limits, kept: IntArray) -> IntArray:
             break
         best, best_score, best_count = -1, -np.inf, 0
         for g in field.free:
-            if g in closed or kept[g] == field.sizes[g]:
+            if g in closed or kept[g] >= ceiling[g]:
                 continue
             score = float(field.value[g][field.ranked[g][kept[g]]])
             if score > best_score:

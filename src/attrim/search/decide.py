@@ -62,12 +62,23 @@ def plan_from_kept(
 
 def _indices(channels: ChannelMap, name: str, indices: Any) -> IntArray:
     group = channels[name]
-    kept = np.unique(np.asarray(indices, dtype=np.int64))
+    try:
+        given = np.asarray(sorted(indices) if isinstance(indices, (set, frozenset)) else indices)
+    except (TypeError, ValueError):
+        given = np.asarray(None)
+    if given.dtype == bool:
+        raise InputError(
+            f"group '{name}': expected the indices of the channels that stay, found a boolean mask. "
+            "Pass its indices: numpy.flatnonzero(mask), or mask.nonzero().flatten()."
+        )
+    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise InputError(f"group '{name}': expected a flat list of channel indices (ints), found {str(indices)[:60]}.")
+    kept = np.unique(given)
     if not kept.size or kept[0] < 0 or kept[-1] >= group.size:
         raise InputError(
-            f"group '{name}' has channels 0 … {group.size - 1} and keeps at least one; found {np.asarray(indices).tolist()}."
+            f"group '{name}' has channels 0 … {group.size - 1} and keeps at least one; found {given.tolist()}."
         )
-    return kept
+    return kept.astype(np.int64)
 
 
 def _attributes(channels: ChannelMap, counts: Mapping[str, int]) -> dict[str, dict[str, AttributeCut]]:

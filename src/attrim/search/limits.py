@@ -108,7 +108,8 @@ def unreachable(channels: ChannelMap, limits: Limits, floors: IntArray, free: li
                 f"{name} {bound / whole:.3f} asked, smallest reachable {least / whole:.4f} ({least:,} of {whole:,})"
             )
     held = len(channels.groups) - len(free)
-    bare = np.minimum(1, floors)
+    shrinkable = np.asarray([name in set(free) for name in channels.cost.groups])
+    bare = np.where(shrinkable, np.minimum(1, floors), floors)
     name = next(iter(limits.bounds))
     text = (
         f"the budget cannot be met: {'; '.join(parts)}. What blocks it: the floors min_keep={budget.min_keep!r}, "

@@ -96,7 +96,7 @@ def random_cut(analysis: Analysis, groups: Sequence[int] | None = None, flip: bo
     stays = np.ones(int(start[-1]), bool)
     for g, size in enumerate(parts.sizes.tolist()):
         if bool(g % 2) != flip:
-            count = int(rng.integers(max(1, size // 2), size - (size > 4)))
+            count = int(rng.integers(max(1, (size + 1) // 2), size if size <= 4 else size - 1))
         else:
             count = int(rng.integers(min(1, size - 2), max(2, size // 4 + 1))) if size > 2 else 0
         gone = rng.permutation(size)[:count]
