@@ -51,6 +51,7 @@ clean:  ## remove the environment and all caches
 # One resolver run for everything: torch, torchvision and timm only fit together when they are chosen together.
 $(READY): pyproject.toml
 	@$(find_python); \
+	echo "attrim: setting up $(VENV) with $$("$$python" --version); the first time this downloads PyTorch"; \
 	"$$python" -m venv $(VENV) || { echo "attrim: '$$python -m venv' failed; install the venv module of this Python (Debian, Ubuntu: python3-venv)." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
