@@ -9,7 +9,7 @@ import numpy as np
 from attrim.core.cost import CostModel, IntArray, Terms, WidthTable
 from attrim.modules.names import NamedTensors
 from attrim.trace.labels import LabelSpace, Recorder
-from attrim.trace.partition import Partition
+from attrim.trace.partition import Partition, is_run
 
 __all__ = ["compile_cost", "linear_form"]
 
@@ -36,7 +36,7 @@ class _Compiler:
     def width(self, vector: IntArray) -> int | None:
         """The number of this axis' width; None if it never changes."""
         key = (id(vector), int(vector[0]), len(vector))
-        if vector[0] > 0 and vector[-1] - vector[0] == len(vector) - 1:
+        if is_run(vector):
             key = (0, int(vector[0]), len(vector))  # an axis of a tensor: the same under any array object
         else:
             self.kept_alive.append(vector)  # an id is only a name while its array lives

@@ -11,7 +11,7 @@ from attrim.core.cost import IntArray
 from attrim.trace.labels import LabelSpace, Recorder
 from attrim.trace.solve import Solution
 
-__all__ = ["Partition", "partition"]
+__all__ = ["Partition", "is_run", "partition"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,16 +38,18 @@ class Partition:
 def partition(space: LabelSpace, solution: Solution, book: Recorder) -> Partition:
     """Group the units of a solved run."""
     units = solution.units
-    alive = np.unique(units[units > 0])
+    occurs = np.zeros(len(units), bool)
+    occurs[units] = True
+    occurs[0] = False
+    alive = np.flatnonzero(occurs)
+    dense = np.maximum(np.cumsum(occurs) - 1, 0)[units]
     if not alive.size:
         nothing = np.zeros(0, np.int64)
         return Partition(units, np.full(len(units), -1), np.zeros(len(units), np.int64), nothing, [], nothing)
-    signature = _signatures(space, units, book, alive)
+    signature = _signatures(space, dense, units, book, len(alive))
     causes, by_unit = _effects(book, units, alive)
-    _, inverse = np.unique(np.stack([signature, by_unit.astype(np.uint64)]), axis=1, return_inverse=True)
-    order, sizes = _in_network_order(inverse.ravel())
-    dense = np.searchsorted(alive, units)
-    dense[units == 0] = 0
+    _, inverse = np.unique(signature ^ _mix(by_unit.astype(np.uint64)), return_inverse=True)
+    order, sizes = _in_network_order(inverse)
     single = sizes[order][dense] == 1
     lonely = np.flatnonzero(single & (units > 0))
     keep = sizes > 1
@@ -64,18 +66,19 @@ def partition(space: LabelSpace, solution: Solution, book: Recorder) -> Partitio
 
 
 def _signatures(
-    space: LabelSpace, units: IntArray, book: Recorder, alive: IntArray
+    space: LabelSpace, dense: IntArray, units: IntArray, book: Recorder, count: int
 ) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """A 64-bit digest per unit of (axis, number of positions) over all axes it touches, products and attributes included."""
+    """A 64-bit digest per unit of (axis, number of positions) over all axes it touches, products and attributes included.
+
+    Every axis has a pseudo-random 64-bit number; a unit's digest is their sum over its positions, modulo 2^64.
+    """
     vectors: list[IntArray] = [np.arange(s, s + n) for s, n in zip(space.start, space.size, strict=True)]
     vectors += _computed([f for term in book.costs for f in term.factors] + [note.vector for note in book.rules])
-    axis = np.repeat(np.arange(len(vectors)), [len(v) for v in vectors])
-    touched = units[np.concatenate(vectors)]
-    mask = touched > 0
-    keys, counts = np.unique(np.searchsorted(alive, touched[mask]) * len(vectors) + axis[mask], return_counts=True)
-    digest = _mix((keys % len(vectors)).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + counts.astype(np.uint64))
-    signature = np.zeros(len(alive), np.uint64)
-    np.add.at(signature, keys // len(vectors), digest)
+    lengths = [len(v) for v in vectors]
+    labels = np.concatenate(vectors)
+    number = _mix(np.arange(1, len(vectors) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    signature = np.zeros(count, np.uint64)
+    np.add.at(signature, dense[labels], np.where(units[labels] > 0, np.repeat(number, lengths), np.uint64(0)))
     return signature
 
 
@@ -89,7 +92,13 @@ def _mix(x: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int
 def _computed(vectors: Sequence[IntArray]) -> list[IntArray]:
     """Vectors that are not simply an axis of a tensor, each once."""
     unique = {id(v): v for v in vectors}
-    return [v for v in unique.values() if v[0] == 0 or v[-1] - v[0] != len(v) - 1]
+    return [v for v in unique.values() if not is_run(v)]
+
+
+def is_run(vector: IntArray) -> bool:
+    """Whether these are consecutive labels, as those of a tensor's axis are."""
+    ends = vector[0] > 0 and vector[-1] - vector[0] == len(vector) - 1  # most vectors fail here already
+    return bool(ends and (np.diff(vector) == 1).all())
 
 
 def _effects(book: Recorder, units: IntArray, alive: IntArray) -> tuple[list[str], IntArray]:
