@@ -116,11 +116,14 @@ def _names(members: Sequence[Sequence[Member]]) -> list[str]:
 def _taps(tracer: Tracer, parts: Partition) -> list[list[Tap]]:
     taps: list[list[Tap]] = [[] for _ in parts.sizes]
     seen: set[tuple[str, int, int]] = set()
+    tables: dict[int, list[tuple[int, IntArray]]] = {}  # a norm and its activation show the same labels
     for path, module, value in tracer.taps:
         for dim, vector in enumerate(value.axes):
             if vector is None:
                 continue
-            for g, table in _by_group(vector, parts):
+            if id(vector) not in tables:
+                tables[id(vector)] = _by_group(vector, parts)
+            for g, table in tables[id(vector)]:
                 if (path, dim, g) not in seen:
                     seen.add((path, dim, g))
                     taps[g].append(Tap(path, dim, table, _tap_kind(module)))

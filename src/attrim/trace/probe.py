@@ -165,6 +165,9 @@ class Watcher:
         self.in_step = True
         self.astray: Astray | None = None
         self.number: Astray | None = None
+        # both runs keep their label vectors alive in their steps, so ids are names here
+        self.expected: dict[int, IntArray] = {}
+        self.compared: dict[tuple[int, int], bool] = {}
 
     def __call__(self, tracer: Tracer) -> None:
         """After each operator: end the run where it departs from the recorded one."""
@@ -188,7 +191,33 @@ class Watcher:
             raise _Stop
 
     def _differs(self, before: tuple[tuple[int, ...], Value], after: tuple[tuple[int, ...], Value]) -> bool:
-        return _differs(before, after, self.units, self.alive)
+        """Whether a result is not what was recorded, survivors only."""
+        (shape, value), (new_shape, new_value) = before, after
+        if len(shape) != len(new_shape):
+            return True
+        for d, vector in enumerate(value.axes):
+            if vector is None:
+                if shape[d] != new_shape[d] and not value.indifferent(d):
+                    return True
+                continue
+            expected = self._survivors(vector)
+            if len(expected) != new_shape[d] or self._other(expected, new_value.axes[d]):
+                return True
+        return False
+
+    def _survivors(self, vector: IntArray) -> IntArray:
+        """The units that should be left of a recorded label vector; many operators share one."""
+        if id(vector) not in self.expected:
+            self.expected[id(vector)] = self.units[vector[self.alive[vector]]]
+        return self.expected[id(vector)]
+
+    def _other(self, expected: IntArray, actual: IntArray | None) -> bool:
+        if actual is None:  # a single survivor's label may be lost on an axis of size 1
+            return bool((expected != expected[0]).any())
+        key = (id(expected), id(actual))
+        if key not in self.compared:
+            self.compared[key] = len(actual) != len(expected) or bool((actual != expected).any())
+        return self.compared[key]
 
     def verdict(self, run: Run) -> Astray | None:
         """The first place at which the run went astray."""
@@ -205,32 +234,6 @@ class Watcher:
 def _inside_einsum(tracer: Tracer) -> bool:
     """Whether the operator was called by torch's own functional layer, as those of an einsum are."""
     return tracer.lines is not None and tracer.lines.inner[0].endswith(os.path.join("torch", "functional.py"))
-
-
-def _differs(
-    before: tuple[tuple[int, ...], Value],
-    after: tuple[tuple[int, ...], Value],
-    units: IntArray,
-    alive: Alive,
-) -> bool:
-    (shape, value), (new_shape, new_value) = before, after
-    if len(shape) != len(new_shape):
-        return True
-    for d, vector in enumerate(value.axes):
-        if vector is None:
-            if shape[d] != new_shape[d] and not value.indifferent(d):
-                return True
-            continue
-        expected = units[vector[alive[vector]]]
-        if len(expected) != new_shape[d]:
-            return True
-        actual = new_value.axes[d]
-        if actual is None:
-            if (expected != expected[0]).any():  # a single survivor's label may be lost on an axis of size 1
-                return True
-        elif len(actual) != len(expected) or (actual != expected).any():
-            return True
-    return False
 
 
 def _advance(
