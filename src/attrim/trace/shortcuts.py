@@ -47,6 +47,8 @@ def shortcut(mode: FakeTensorMode, call: Call, in_place: bool) -> Any:
             dtype = call.kwargs.get("dtype") or torch.get_default_dtype()
             return fake_like(mode, call.args[0], dtype)
         return None
+    if call.name == "cat":
+        return _cat(mode, call)
     if call.name in _UNARY and len(call.inputs) == 1:
         return _same(mode, call.inputs[0], in_place)
     if call.name in _BINARY and len(call.args) == 2:
@@ -64,6 +66,22 @@ def _same(mode: FakeTensorMode, x: Tensor, in_place: bool) -> Tensor | None:
     if not x.is_floating_point() or not dense:
         return None
     return fake_like(mode, x.shape, x.dtype, x.stride())
+
+
+def _cat(mode: FakeTensorMode, call: Call) -> Tensor | None:
+    """Contiguous parts of one dtype that agree on the other axes; a dense block joins every earlier layer again."""
+    parts = call.inputs
+    first, dim = parts[0], call["dim"] % max(1, parts[0].ndim)
+    shape = list(first.shape)
+    for part in parts[1:]:
+        if part.ndim != first.ndim or part.dtype != first.dtype:
+            return None
+        if any(a != b for d, (a, b) in enumerate(zip(part.shape, first.shape, strict=True)) if d != dim):
+            return None
+        shape[dim] += part.shape[dim]
+    if not all(part.is_contiguous() for part in parts):
+        return None
+    return fake_like(mode, shape, first.dtype)
 
 
 def _batch_norm(mode: FakeTensorMode, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
