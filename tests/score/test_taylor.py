@@ -54,8 +54,9 @@ def test_it_equals_the_gradient_of_a_gate_on_the_channel(small, small_map) -> No
     channels = small_map(small)
     assert torch.allclose(taylor(small, channels, [(x, y)]), expected.square(), rtol=1e-6)
     assert torch.allclose(taylor(small, channels, [(x, y)], power=1), expected.abs(), rtol=1e-6)
+    assert torch.allclose(taylor(small, channels, [(x, y)], joint="group"), expected.square(), rtol=1e-6)
     # For a positively homogeneous activation the paper's gate on the norm is the same gate.
-    at_norm = taylor(small, channels, [(x, y)], roles=("scale", "shift"), power=1)
+    at_norm = taylor(small, channels, [(x, y)], roles=("scale", "shift"), power=1, joint="group")
     assert torch.allclose(at_norm, expected.abs(), rtol=1e-6)
 
 
@@ -77,12 +78,13 @@ def test_a_channel_with_two_consumers_counts_both_with_their_signs(build) -> Non
     (expected,) = torch.autograd.grad(cross_entropy(model.b(hidden) + model.c(hidden), y), gate)
     consumers = [build.member("b.weight:1", 3, "in"), build.member("c.weight:1", 3, "in")]
     channels = build.map(model, build.group("a", [build.member("a.weight:0", 3, "out"), *consumers]))
-    assert torch.allclose(taylor(model, channels, [(x, y)], power=1), expected.abs(), rtol=1e-6)
+    assert torch.allclose(taylor(model, channels, [(x, y)], power=1, joint="group"), expected.abs(), rtol=1e-6)
 
     grads = torch.autograd.grad(cross_entropy(model(x), y), [model.b.weight, model.c.weight])
     products = [w.detach() * g for w, g in zip((model.b.weight, model.c.weight), grads, strict=True)]
     by_member = torch.stack([p.sum(0) for p in products])
     by_element = torch.stack([p.abs().sum(0) for p in products])
+    assert torch.allclose(taylor(model, channels, [(x, y)]), by_member.square().mean(0), rtol=1e-6)
     options = {"joint": "member", "reduction": "sum"}
     assert torch.allclose(taylor(model, channels, [(x, y)], **options), by_member.square().sum(0), rtol=1e-6)
     options = {"joint": "element", "reduction": "max", "power": 1}

@@ -85,7 +85,7 @@ def test_taylor_is_the_gradient_of_a_gate_on_every_group(mixed) -> None:
     x, y = data[0]
     double = Mixed().double().eval()
     double.load_state_dict(model.state_dict())
-    scores = attrim.score(double, channels, "taylor", [(x.double(), y)], power=1, normalize="none")
+    scores = attrim.score(double, channels, "taylor", [(x.double(), y)], power=1, normalize="none", joint="group")
     weights = dict(double.named_parameters())
     step = 1e-6
     for group in channels:

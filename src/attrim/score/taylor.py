@@ -33,7 +33,7 @@ def taylor(
     *,
     reduction: str = "mean",
     roles: Sequence[str] = ("in",),
-    joint: Joint = "group",
+    joint: Joint = "member",
     power: int = 2,
     per: Literal["batch", "data"] = "batch",
     loss: Loss | None = None,
@@ -42,19 +42,20 @@ def taylor(
 ) -> dict[str, Tensor]:
     """``|Σ w · ∂L/∂w|^power`` over the weights that read a channel: the first-order change of the loss without it.
 
-    Setting a channel's columns to zero in all its consumers is what removing it does, so the sum over the ``in``
-    members is the first-order change of the loss by definition, tied groups included. It equals the derivative with
-    respect to a gate on the channel.
+    Setting a channel's columns to zero in its consumers is what removing it does, so the sum over an ``in`` member is
+    the first-order change of the loss by definition, and equals the derivative with respect to a gate in front of that
+    consumer. The values of several consumers are averaged; ``joint="group"`` adds them with their signs instead, the
+    derivative of one gate on the channel.
 
     Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019: the first-order criterion
     of a gate, (∂L/∂z)² = (Σ w ∂L/∂w)², averaged over mini-batches. Reading the consumers in place of
-    the filter or a batch-norm gate is our reading; ``roles=("scale", "shift")`` is the paper's gate, ``roles=("out",)``
-    its filter.
+    the filter or a batch-norm gate is our reading; ``roles=("scale", "shift"), joint="group"`` is
+    the paper's gate, ``roles=("out",)`` its filter.
 
     Args:
         roles: whose weights count. Where no member plays them, the producers stand in: ``("out", "shift", "param")``.
-        joint: what is summed with its sign before the absolute value: the whole ``group``, each ``member`` (then
-            ``reduction`` over members), or each ``element`` alone (Σ |w ∂L/∂w|).
+        joint: what is summed with its sign before the absolute value: each ``member`` (then ``reduction`` over
+            members), the whole ``group``, or each ``element`` alone (Σ |w ∂L/∂w|).
         power: 1 or 2.
         per: ``batch`` averages the value of each batch, weighted by its size (batches of one sample give the diagonal
             of the Fisher information of the gates); ``data`` takes the value of the gradient averaged over all data,
