@@ -8,6 +8,7 @@ AttrimError
 ├── TraceError          the model could not be run or copied for tracing
 ├── PlanError           a plan file is corrupt, too new, or belongs to another model
 ├── SurgeryError        a plan fits the model but the cut network would be inconsistent
+├── CheckpointError     a training checkpoint cannot be written, read, or continued
 ├── VerificationError   the pruned network is not the masked original
 └── MissingDependencyError  an optional package is needed (also an ImportError)
 """
@@ -18,6 +19,7 @@ __all__ = [
     "AttrimError",
     "AttrimWarning",
     "BudgetError",
+    "CheckpointError",
     "CriterionError",
     "DataError",
     "InputError",
@@ -63,6 +65,10 @@ class PlanError(AttrimError):
 
 class SurgeryError(AttrimError):
     """A plan names tensors that exist, but applying it would leave a module inconsistent."""
+
+
+class CheckpointError(AttrimError):
+    """A checkpoint of a training run cannot be written, read, or continued by this call."""
 
 
 class VerificationError(AttrimError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from torch import nn
 
 from attrim.errors import DataError, InputError
 from attrim.recover import evaluate, finetune
-from attrim.recover.losses import distillation, mixed_loss
-from attrim.recover.schedule import warmup_cosine
 
 
 def problem(count: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -64,7 +61,7 @@ def test_random_state_is_as_before():
 def test_one_step_is_one_step_of_sgd_with_decay_on_matrices_only():
     model = nn.Linear(4, 2)
     x, y = problem()[0]
-    tuned = finetune(model, [(x, y)], lr=0.5, momentum=0.0, weight_decay=0.1, warmup=0.0)
+    tuned = finetune(model, [(x, y)], epochs=1, lr=0.5, momentum=0.0, weight_decay=0.1, warmup=0.0)
     loss = F.cross_entropy(model(x), y)
     weight, bias = torch.autograd.grad(loss, [model.weight, model.bias])
     torch.testing.assert_close(tuned.weight, model.weight - 0.5 * (weight + 0.1 * model.weight))
@@ -81,34 +78,6 @@ def test_a_teacher_alone_is_imitated_and_stays_as_it_was():
     assert agree > 0.95
     assert teacher.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-
-
-def test_distillation_by_hand():
-    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * math.log(3), 0.0]])
-    # at T = 2 the teacher says 3/4 and 1/4, the student 1/2 and 1/2
-    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert distillation(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(DataError, match=r"student's scores have shape \(1, 2\), the teacher's \(1, 3\)"):
-        distillation(student, torch.zeros(1, 3))
-
-
-def test_the_mixture_of_both_losses():
-    scores, labels, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([1]), torch.tensor([[0.0, 2.0]])
-    hard = F.cross_entropy(scores, labels, label_smoothing=0.2)
-    soft = distillation(scores, teacher, 3.0)
-    mixed = mixed_loss(scores, labels, teacher, label_smoothing=0.2, temperature=3.0, distill=0.25)
-    torch.testing.assert_close(mixed, 0.75 * hard + 0.25 * soft)
-    with pytest.raises(DataError, match="needs labels in every batch or a teacher, found neither"):
-        mixed_loss(scores, None)
-
-
-def test_schedule_rises_then_falls():
-    rates = [warmup_cosine(s, 100, 10) for s in range(100)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5)
-    assert 0 < rates[-1] < 0.001
-    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_a_loss_that_explodes_names_step_and_rate():
@@ -139,6 +108,21 @@ def test_data_is_told_the_epoch():
         ({"warmup": 1.0}, r"warmup: expected a share of the run in \[0, 1\), found 1\.0"),
         ({"distill": 2.0}, r"distill: expected a weight in \[0, 1\], found 2\.0"),
         ({"temperature": 0.0}, r"temperature: expected a number > 0, found 0\.0"),
+        ({"schedule": "step"}, "schedule: expected 'cosine' or 'constant', found 'step'"),
+        ({"ema": 1.0}, r"ema: expected a decay in \(0, 1\), such as 0\.999, or None, found 1\.0"),
+        ({"mixup": -0.1}, r"mixup: expected a number >= 0, found -0\.1"),
+        ({"clip": 0.0}, r"clip: expected a norm > 0, or None, found 0\.0"),
+        ({"accumulate": 0}, "accumulate: expected an int >= 1, found 0"),
+        ({"precision": "int8"}, "precision: expected 'no', 'bf16' or 'fp16', found 'int8'"),
+        ({"precision": "fp16"}, "'fp16' needs a GPU, and the model is on the CPU"),
+        ({"attention": 1.0}, "attention compares the model with a teacher, and there is none"),
+        ({"loss": F.cross_entropy, "label_smoothing": 0.1}, "label_smoothing belongs to cross entropy"),
+        ({"loss": F.cross_entropy, "cutmix": 1.0}, "mixup and cutmix mix the labels of cross entropy"),
+        ({"resume": True}, "resume=True goes on from a folder"),
+        ({"tensorboard": True}, "tensorboard=True writes into a folder"),
+        ({"every_minutes": 5.0}, "every_minutes is the time between checkpoints, which need a folder"),
+        ({"every_minutes": 0.0, "folder": "x"}, r"every_minutes: expected minutes > 0, or None, found 0\.0"),
+        ({"seed": -1}, "seed: expected an int >= 0, found -1"),
     ],
 )
 def test_bad_options(options, text):

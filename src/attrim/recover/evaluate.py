@@ -12,10 +12,9 @@ from attrim.errors import DataError
 from attrim.modules.batches import batch_source, device_of, logits_of, read_batch, run_batch
 from attrim.modules.progress import progress
 
-__all__ = ["evaluate", "restore_modes"]
+__all__ = ["count_right", "evaluate", "restore_modes"]
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> float:
     """Top-1 accuracy of ``model`` on labelled batches, in [0, 1].
 
@@ -34,6 +33,21 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float:
         >>> attrim.recover.evaluate(model, test_batches)
         0.889
     """
+    right, counted = count_right(model, batches)
+    return right / counted
+
+
+@torch.no_grad()
+def count_right(model: nn.Module, batches: Iterable[Any], rank: int = 0, world: int = 1) -> tuple[int, int]:
+    """Right answers and labels in all, as :func:`evaluate` counts them.
+
+    Args:
+        model, batches: as for :func:`evaluate`.
+        rank, world: one of several processes that share the batches; it takes every ``world``-th, and may get none.
+
+    Raises:
+        DataError: as for :func:`evaluate`.
+    """
     source = batch_source(batches)
     device = device_of(model)
     right = torch.zeros((), dtype=torch.int64, device=device)
@@ -42,19 +56,21 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for raw in progress(source, "evaluating"):
+        for raw in progress(source, "evaluating", show=rank == 0):
+            read += 1
+            if (read - 1) % world != rank:
+                continue
             batch = read_batch(raw, device)
             guessed, labels = _answers(logits_of(run_batch(model, batch)), batch.labels)
             right += (guessed == labels).sum()
             counted += (labels >= 0).sum()
-            read += 1
     finally:
         restore_modes(modes)
     if not read:
         raise DataError("evaluation read no batch: the source is empty, or a generator that was used up before.")
-    if not int(counted):
+    if not int(counted) and world == 1:
         raise DataError("evaluation found no label >= 0 in the batches, so there is nothing to compare with.")
-    return int(right) / int(counted)
+    return int(right), int(counted)
 
 
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:

@@ -1,15 +1,14 @@
-"""Losses of fine-tuning: labels with smoothing, a teacher's softened scores, or both."""
+"""Losses of fine-tuning: labels with smoothing, a teacher's softened scores, a teacher's attention."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attrim.errors import DataError
 
-__all__ = ["distillation", "mixed_loss"]
+__all__ = ["attention_map", "attention_transfer", "distillation"]
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -38,36 +37,51 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
     return divergence.mean() * temperature**2
 
 
-def mixed_loss(
-    scores: Tensor,
-    labels: Any,
-    teacher: Tensor | None = None,
-    *,
-    label_smoothing: float = 0.0,
-    temperature: float = 4.0,
-    distill: float = 0.5,
-) -> Tensor:
-    """``(1 - distill) · cross entropy + distill · distillation``; one of the two where only one is possible.
+def attention_map(activations: Tensor, dim: int = 1) -> Tensor:
+    """Where a layer looks: squared activations summed over channels, each sample's map scaled to length 1.
 
     Args:
-        scores: class scores of shape ``(N, C, …)``.
-        labels: class indices, class probabilities, or None (needs a teacher).
-        teacher: the teacher's scores, or None.
-        label_smoothing: share of the target that is spread over all classes, in [0, 1).
-        temperature: see :func:`distillation`.
-        distill: weight of the teacher, in [0, 1].
+        activations: shape ``(N, …)`` with channels along ``dim`` and at least one axis of positions.
+        dim: the axis of the channels.
+
+    Returns:
+        Shape ``(N, positions)``, float32 (or float64), rows of Euclidean length 1 (0 where all activations are 0).
+
+    Source:
+        Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 1 with p = 2.
+
+    Example:
+        >>> attention_map(torch.ones(1, 8, 2, 2))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+    wide = activations if activations.dtype in (torch.float32, torch.float64) else activations.float()
+    return F.normalize(wide.square().sum(dim).flatten(1), dim=1)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, dim: int = 1) -> Tensor:
+    """``‖A(F_S)/‖A(F_S)‖ - A(F_T)/‖A(F_T)‖‖²``, mean over samples; 0 when both look at the same places.
+
+    Args:
+        student: activations ``(N, …)`` with channels along ``dim``.
+        teacher: activations of the same shape but for the number of channels, without gradient.
+        dim: the axis of the channels.
 
     Raises:
-        DataError: neither labels nor a teacher.
+        DataError: the positions differ.
+
+    Source:
+        Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 2 with p = 2, squared as in the
+        authors' code.
+
+    Example:
+        >>> attention_transfer(torch.ones(1, 4, 2, 2), torch.ones(1, 8, 2, 2))
+        tensor(0.)
     """
-    if teacher is None and labels is None:
+    ours, theirs = attention_map(student, dim), attention_map(teacher, dim)
+    if ours.shape != theirs.shape:
         raise DataError(
-            "fine-tuning needs labels in every batch or a teacher, found neither. Yield (inputs, labels) tuples, "
-            "or pass teacher=dense_model."
+            f"attention is compared position by position: the student's activations have shape "
+            f"{tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. Use the dense network that was pruned as "
+            "the teacher."
         )
-    if teacher is None:
-        return F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
-    soft = distillation(scores, teacher, temperature)
-    if labels is None or distill == 1:
-        return soft
-    return (1 - distill) * F.cross_entropy(scores, labels, label_smoothing=label_smoothing) + distill * soft
+    return (ours - theirs).square().sum(1).mean()

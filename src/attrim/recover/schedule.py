@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["warmup_cosine"]
+__all__ = ["warmup_constant", "warmup_cosine"]
 
 
 def warmup_cosine(step: int, total: int, warmup: int = 0) -> float:
@@ -28,3 +28,13 @@ def warmup_cosine(step: int, total: int, warmup: int = 0) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def warmup_constant(step: int, total: int, warmup: int = 0) -> float:
+    """Factor of the peak learning rate at ``step``: the same rise, then 1. Arguments as for :func:`warmup_cosine`.
+
+    Example:
+        >>> [round(warmup_constant(s, 4, 2), 2) for s in range(4)]
+        [0.33, 0.67, 1.0, 1.0]
+    """
+    return (step + 1) / (warmup + 1) if step < warmup else 1.0
