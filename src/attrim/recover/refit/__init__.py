@@ -1,0 +1,1 @@
+"""Closed-form repair of consumers: where their outputs go, which rows are read, and the fit itself."""
