@@ -112,12 +112,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         with nullcontext() if last else self.engine.alone(self.call):
             figures, samples, right, judged, due = self._learn(portion, update / max(1, updates - 1), together)
-        self._check(figures["loss"], "the loss is")
+        self._check(figures["loss"], "the loss is", index + 1)
         if last:
             self._step()
         self.done += 1
         self.tally.add(figures, samples, right, judged, time.monotonic() - begin)
         if last and due and self.done < self.steps:
+            self._check(_extreme(self.network), "the largest weight is", self.done)
             self._save(self.feed.generators)
 
     def _learn(
@@ -164,7 +165,7 @@ class Trainer:
         self.engine.agree(self.network)
         if self.average is not None:
             self.engine.agree(self.average)
-        self._check(_extreme(self.network), "the largest weight is")
+        self._check(_extreme(self.network), "the largest weight is", self.done)
         report: dict[str, Any] = {"epoch": self.epoch + 1, **self.tally.report(), "lr": self.rate}
         if self.recipe.holdout is not None:
             report["holdout_accuracy"] = self._holdout(self.recipe.holdout)
@@ -203,10 +204,9 @@ class Trainer:
                 return None
             return AttentionTransfer(choose_places(recipe.channels, teacher, lambda model: run_batch(model, batch)))
 
-    def _check(self, value: float, what: str) -> None:
+    def _check(self, value: float, what: str, step: int) -> None:
         if math.isfinite(value):
             return
-        step = min(self.done + 1, self.steps)
         raise InputError(
             f"{what} {value} at epoch {self.epoch + 1}, step {step} of {self.steps}, with a learning rate of "
             f"{self.rate:.3g}. Start with a lower rate: finetune(..., lr={self.recipe.lr / 10:g}), or with clip=1.0."
