@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from attrim.core.plan import PruningPlan
 from attrim.errors import AttrimWarning, DataError, InputError, PlanError
 from attrim.modules.batches import Batch, batch_source, device_of, read_batch
+from attrim.modules.course.follow import Arrival, Follow, Site
+from attrim.modules.course.survey import Course, Key, Survey, Unit
 from attrim.modules.names import fingerprint, named_tensors
 from attrim.modules.progress import progress
 from attrim.recover.evaluate import restore_modes
-from attrim.recover.refit.course import Course, Key, Survey, Unit
 from attrim.recover.refit.fit import RIDGES
-from attrim.recover.refit.follow import Arrival, Follow, Site
 from attrim.recover.refit.gather import Rows, Sampling, Settings, match, repair
 from attrim.recover.refit.relay import Pause, relay
 from attrim.recover.refit.survivors import kept_inputs, kept_outputs
@@ -226,7 +226,8 @@ class _Work:
     def _restarting(self, targets: dict[Key, list[Tensor]]) -> Iterator[Refit]:
         """Every layer runs the network anew, up to itself."""
         for key, (_, unit) in self.pairs.items():
-            rows, sites = Rows(), []
+            rows = Rows()
+            sites: list[Site] = []
             for number, batch in enumerate(self.held):
 
                 def arrive(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attrim.core.cost import IntArray
 from attrim.errors import CriterionError
-from attrim.score.contractions import Contraction, patches
+from attrim.modules.course.contractions import Contraction, patches
 
 __all__ = ["ConsumerGram", "Form", "Hessian"]
 

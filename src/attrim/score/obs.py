@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from attrim.core.channels import ChannelMap
 from attrim.errors import AttrimWarning, CriterionError
+from attrim.modules.course.contractions import Contraction, ContractionWatch
 from attrim.modules.names import named_tensors
 from attrim.score.combine import reduced
-from attrim.score.contractions import Contraction, ContractionWatch
 from attrim.score.data import forward, stream, undisturbed
 from attrim.score.gram import ConsumerGram, Form, Hessian
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Problem:
         held: ``(rows,)`` bool: rows that only judge.
         centred: whether a constant can be added to each output as well.
         rectified: whether values below zero only need to stay below zero.
-        rounds: fits in a row of a rectified problem.
+        rounds: fits in a row of a rectified problem, once the ridge is chosen.
         ridges: which ridges are tried; the best on the held rows is taken.
         widest: most columns of one system; wider ones are solved block by block (Gauss-Seidel).
     """
@@ -93,10 +94,11 @@ def fit(problem: Problem) -> Change | None:
             break  # the error has one minimum over the ridges
     if best is None:
         return None
+    # Chosen: now with all rows, those that judged included.
     everything = _Part(problem.inputs, problem.target, problem.base)
     sums = _Sums(everything, problem)
-    import os
-    for _ in range(int(os.environ.get("RR", 3)) if problem.rectified else 1):
+    
+    for _ in range(problem.rounds if problem.rectified else 1):
         found = _sweep(problem, everything, sums, best[3], best[1:3])
         if found is None:
             break
@@ -163,7 +165,7 @@ class _Sums:
         """Mean products of a block of columns with what is missing, and the mean of that; kept for a fresh start."""
         if fresh and number in self._first:
             return self._first[number]
-        missing = missing.unflatten(1, (inputs.shape[1], -1))
+        missing = missing.reshape(len(missing), inputs.shape[1], -1)
         cross, first = _product(inputs, missing), missing.sum(0, dtype=torch.float64)
         all_sum(cross, first)
         cross, first = cross / self.rows, first / self.rows
@@ -221,4 +223,4 @@ def _apply(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _blocks(width: int, widest: int) -> list[tuple[int, int]]:
     count = -(-width // widest)
     edges = [round(i * width / count) for i in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

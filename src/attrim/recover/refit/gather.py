@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attrim.recover.refit.course import Key, Unit
+from attrim.modules.course.follow import Arrival, Site
+from attrim.modules.course.rows import places
+from attrim.modules.course.survey import Key, Unit
 from attrim.recover.refit.fit import RIDGES, Change, Problem, fit
-from attrim.recover.refit.follow import Arrival, Site
-from attrim.recover.refit.rows import places
 from attrim.recover.refit.write import write
 
 __all__ = ["Rows", "Sampling", "Settings", "match", "repair"]

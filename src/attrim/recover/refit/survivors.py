@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from attrim.core.plan import PruningPlan
-from attrim.recover.refit.course import Unit
-from attrim.score.contractions import Contraction
+from attrim.modules.course.contractions import Contraction
+from attrim.modules.course.survey import Unit
 
 __all__ = ["kept_inputs", "kept_outputs"]
 

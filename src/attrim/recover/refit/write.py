@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attrim.modules.course.follow import Site
 from attrim.modules.distributed import all_sum
 from attrim.recover.refit.fit import Change
-from attrim.recover.refit.follow import Site
 
 __all__ = ["add_constant", "write"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attrim.score.contractions import Contraction
+from attrim.modules.course.contractions import Contraction
 
 __all__ = ["input_rows", "output_rows", "places"]
 

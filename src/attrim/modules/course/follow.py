@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from attrim.modules.course.chain import Norm, Step, affine_of, is_addition, step_of, undo_movements
+from attrim.modules.course.contractions import Contraction, ContractionWatch
+from attrim.modules.course.rows import input_rows, output_rows
+from attrim.modules.course.survey import Unit, bias_of
 from attrim.modules.names import named_tensors
-from attrim.recover.refit.chain import Norm, Step, affine_of, is_addition, step_of, undo_movements
-from attrim.recover.refit.course import Unit, bias_of
-from attrim.recover.refit.rows import input_rows, output_rows
-from attrim.score.contractions import Contraction, ContractionWatch
 
 __all__ = ["Arrival", "Follow", "Site"]
 
@@ -105,7 +104,7 @@ class Arrival:
         self.tail.copy_(value)
 
 
-class Follow(ContractionWatch):
+class Follow(ContractionWatch):  # type: ignore[no-untyped-call]
     """While active, calls ``arrive`` for every unit that a forward pass comes to, before a sum is taken.
 
     ``arrive`` may change the unit's weights and call :meth:`Arrival.renew`.
@@ -118,17 +117,17 @@ class Follow(ContractionWatch):
         super().__init__({n: t for n, t in named.tensors.items() if n in names}, self._note)
         self._constants = {t.untyped_storage().data_ptr() for t in named.tensors.values()}
         self._arrive = arrive
-        self._seen: Contraction | None = None
+        self._seen: list[Contraction] = []
         self._open: dict[int, Arrival] = {}
 
     def _note(self, use: Contraction) -> None:
-        self._seen = use
+        self._seen.append(use)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._seen = None
+        self._seen.clear()
         steps = [(self._open.pop(id(a)), a) for a in args if isinstance(a, Tensor) and id(a) in self._open]
         for trail, _ in steps:
             self._join(trail, func, args, kwargs)
@@ -141,10 +140,11 @@ class Follow(ContractionWatch):
                     trail.steps.append(step)
                     trail.tail = value
                     self._go_on(trail)
-        if self._seen is not None and (self._seen.tensor, self._seen.offset) in self._units:
-            unit = self._units[self._seen.tensor, self._seen.offset]
-            bias = bias_of(args, func.overloadpacket.__name__)
-            self._go_on(Arrival(unit, self._seen, func, args, bias, value))
+        for use in self._seen:
+            unit = self._units.get((use.tensor, use.offset))
+            if unit is not None:
+                bias = bias_of(args, func.overloadpacket.__name__)
+                self._go_on(Arrival(unit, use, func, args, bias, value))
         return result
 
     def _join(self, trail: Arrival, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from attrim.modules.course.chain import Step, affine_of, is_addition, is_rectifier, step_of, undo_movements
+from attrim.modules.course.contractions import Contraction, ContractionWatch
+from attrim.modules.course.rows import output_rows, places
 from attrim.modules.names import named_tensors
-from attrim.recover.refit.chain import Step, affine_of, is_addition, is_rectifier, step_of, undo_movements
-from attrim.recover.refit.rows import output_rows, places
-from attrim.score.contractions import Contraction, ContractionWatch
 
 __all__ = ["Course", "Key", "Survey", "Unit", "bias_of", "is_flipped"]
 
@@ -113,7 +113,7 @@ def bias_of(args: Sequence[Any], name: str) -> Tensor | None:
     return args[0] if name == "addmm" else None
 
 
-class Survey(ContractionWatch):
+class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
     """While active, notes the course of one forward pass; :meth:`course` tells it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -124,7 +124,7 @@ class Survey(ContractionWatch):
         self._parameters = {t.data_ptr() for n, t in named.tensors.items() if n in named.parameters}
         self._names = {t.untyped_storage().data_ptr(): n for n, t in named.tensors.items()}
         self._uses: dict[int, int] = {}
-        self._seen: Contraction | None = None
+        self._seen: list[Contraction] = []
         self._trails: list[_Trail] = []
         self._tail_of: dict[int, tuple[_Trail, int]] = {}
         self._sum_of: dict[int, list[_Trail]] = {}
@@ -133,13 +133,13 @@ class Survey(ContractionWatch):
         self.live = 0
 
     def _note(self, use: Contraction) -> None:
-        self._seen = use
+        self._seen.append(use)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._seen = None
+        self._seen.clear()
         self._clock += 1
         self._count(func, args)
         followed = self._followed(func, args)
@@ -148,8 +148,8 @@ class Survey(ContractionWatch):
         if isinstance(value, Tensor):
             self._advance(followed, func, args, kwargs, value)
             self._track(value)
-            if self._seen is not None:
-                self._begin(self._seen, func.overloadpacket.__name__, args, value)
+            for use in self._seen:
+                self._begin(use, func.overloadpacket.__name__, args, value)
         return result
 
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -226,7 +226,7 @@ class Survey(ContractionWatch):
         if value.untyped_storage().data_ptr() not in self._constants:
             storage = value.untyped_storage()
             self._alive[id(value)] = (weakref.ref(value), storage.data_ptr())
-        if self._seen is not None:
+        if self._seen:
             alive: dict[int, int] = {}
             for key, (ref, address) in list(self._alive.items()):
                 tensor = ref()
