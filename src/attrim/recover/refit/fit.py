@@ -97,7 +97,7 @@ def fit(problem: Problem) -> Change | None:
     # Chosen: now with all rows, those that judged included.
     everything = _Part(problem.inputs, problem.target, problem.base)
     sums = _Sums(everything, problem)
-    
+
     for _ in range(problem.rounds if problem.rectified else 1):
         found = _sweep(problem, everything, sums, best[3], best[1:3])
         if found is None:
