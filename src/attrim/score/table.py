@@ -13,6 +13,7 @@ from attrim.score.hrank import hrank
 from attrim.score.kinds import Normalize, Reduction
 from attrim.score.lamp import lamp
 from attrim.score.obs import obs
+from attrim.score.refit import refit
 from attrim.score.taylor import taylor
 from attrim.score.weights import bn_scale, l1, l2, random
 
@@ -99,6 +100,17 @@ _ALL = (
         "Hassibi & Stork, NIPS 1993; Meng et al., OSSCAR, ICML 2024",
         requires="consumers that multiply by a stored weight (convolution or matrix product)",
         reduction="sum",
+    ),
+    Criterion(
+        "refit",
+        refit,
+        True,
+        False,
+        "rise of the consumers' error after refitting, channel by channel, for each multiply-add saved",
+        "Hassibi & Stork, NIPS 1993; greedy order, place of comparison and price are ours",
+        requires="consumers that multiply by a stored weight (convolution or matrix product)",
+        reduction="sum",
+        normalize="none",
     ),
 )
 
