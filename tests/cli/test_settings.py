@@ -16,7 +16,7 @@ from attrim.errors import InputError
 def settled(call, monkeypatch, tmp_path):
     """What `attrim prune` would run with."""
     seen: list[PruneSettings] = []
-    monkeypatch.setattr("attrim.cli.prune.run_prune", seen.append)
+    monkeypatch.setattr("attrim.cli.prune.run_prune", lambda settings, resume: seen.append(settings))
 
     def settled(*arguments: object, config: dict[str, object] | None = None) -> PruneSettings:
         extra: list[object] = []

@@ -163,7 +163,7 @@ def _conclude(run: Run, digits: Digits, result: PruneResult, dense: nn.Module, s
         )
     say(f"saved to {run.folder}, reloaded into a fresh DigitNet: outputs equal bit by bit")
     accuracy = [evaluate(model, digits.batches("test")) for model in (dense, again)]
-    measured = measure(result, dense, again, images, accuracy)
+    measured = measure((result.before, result.after), dense, again, images, accuracy)
     run.log("final", split="test", accuracy=accuracy, reloaded_equal=True, **measured.log())
     show(measured.table(f"handwritten digits, {TEST_ROWS} test images; latency of {len(images)} images"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from attrim.methods.pipeline import PruneResult
+from attrim.methods.pipeline import Cost
 from attrim.report.tables import Figures, Table, comparison_table
 from attrim.ship import Latency, compare_latency, file_size, save_weights
 
@@ -45,18 +45,17 @@ class Measured:
 
 
 def measure(
-    result: PruneResult, dense: nn.Module, small: nn.Module, inputs: Any, accuracy: Sequence[float | None]
+    costs: tuple[Cost, Cost], dense: nn.Module, small: nn.Module, inputs: Any, accuracy: Sequence[float | None]
 ) -> Measured:
     """Size on disk and latency of both networks, beside costs and accuracies that are known.
 
     Args:
-        result: holds the costs.
+        costs: of the dense and the small network.
         dense, small: the two networks.
         inputs: what they are timed on, in turn.
         accuracy: of the dense and the small network.
     """
     times = compare_latency({"before": dense, "after": small}, inputs)
-    costs = (result.before, result.after)
     before, after = (
         Figures(cost.macs, cost.params, score, weights_size(model), time.median)
         for cost, score, model, time in zip(costs, accuracy, (dense, small), times.values(), strict=True)

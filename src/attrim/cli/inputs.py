@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
@@ -67,7 +68,11 @@ def pick_device(text: str) -> str:
         InputError: torch cannot use the device.
     """
     if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        if os.environ.get("LOCAL_RANK", "").isdigit():  # one GPU for each process that a launcher started
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return "cuda"
     try:
         torch.empty(1, device=text)
     except (RuntimeError, AssertionError) as error:

@@ -9,7 +9,7 @@ import typer
 from attrim.cli import options
 from attrim.cli import prune_options as only
 from attrim.cli.inputs import numbers
-from attrim.cli.settings import merge, parse_options
+from attrim.cli.settings import PruneSettings, keep_on, merge, parse_options
 from attrim.cli.work import run_prune
 
 __all__ = ["prune"]
@@ -48,6 +48,7 @@ def prune(
     seed: only.Seed = 0,
     device: options.Device = "auto",
     config: only.Config = None,
+    resume: only.Resume = False,
     overwrite: only.Overwrite = False,
     debug: options.Debug = False,
 ) -> None:
@@ -55,7 +56,8 @@ def prune(
 
     With --data the batch-norm statistics are measured anew and accuracy is reported: every step on held-out training
     rows, the first and last figure on the test split. The folder holds config.yaml, metrics.jsonl, plan.json and
-    model.safetensors; attrim.load(DIR, model=MyNet()) reads it back.
+    model.safetensors; attrim.load(DIR, model=MyNet()) reads it back. A run that was killed while it fine-tuned goes on
+    with --resume, to the same result.
 
     **Examples**
 
@@ -65,10 +67,11 @@ def prune(
         --data data/cifar10 --method taylor --keep-macs 0.5 \\
         --frozen 'conv1.*' --finetune-epochs 3 --out runs/half
     attrim prune --config runs/half/config.yaml --keep-macs 0.3 --out runs/b
+    attrim prune --resume --out runs/half
     ```
     """
     typed: dict[str, Any] = {
-        name: value for name, value in context.params.items() if name not in ("context", "config", "debug")
+        name: value for name, value in context.params.items() if name not in ("context", "config", "resume", "debug")
     }
     typed |= {
         "weights": None if weights is None else str(weights),
@@ -78,7 +81,8 @@ def prune(
         "mean": None if mean is None else numbers(mean, "--mean"),
         "std": None if std is None else numbers(std, "--std"),
     }
-    run_prune(merge(context, typed, config))
+    settle = keep_on if resume else merge
+    run_prune(settle(context, typed, config, PruneSettings), resume=resume)
 
 
 def _floor(text: str) -> int | float:

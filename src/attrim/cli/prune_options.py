@@ -26,6 +26,7 @@ __all__ = [
     "Out",
     "Overwrite",
     "Recalibrate",
+    "Resume",
     "Samples",
     "Scope",
     "Seed",
@@ -88,5 +89,8 @@ Distill = Annotated[
 Seed = Annotated[int, typer.Option(metavar="N", help="Of everything that is random.")]
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Settings (config.yaml of a run); typed options win.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the unfinished run in --out, with its own settings.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")]

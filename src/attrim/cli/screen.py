@@ -13,10 +13,15 @@ from rich.text import Text
 
 from attrim.report.tables import Table
 
-__all__ = ["note", "output", "paragraph", "say", "show"]
+__all__ = ["is_main", "note", "output", "paragraph", "say", "show"]
 
 PLAIN_WIDTH = 110
 """Columns when the output is a file or a pipe and COLUMNS does not say."""
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes: the only one, or the first of those that a launcher started together."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def output() -> Console:
@@ -27,6 +32,8 @@ def output() -> Console:
 
 def show(table: Table) -> None:
     """Print a table; long cells fold, nothing is cut off."""
+    if not is_main():
+        return
     grid = Grid(title=escape(table.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.columns):
         number = i in table.right
@@ -43,12 +50,14 @@ def show(table: Table) -> None:
 
 def say(text: str) -> None:
     """One line of result."""
-    output().print(Text(text), soft_wrap=True)
+    if is_main():
+        output().print(Text(text), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """One line that is no result: progress, a warning."""
-    _errors().print(Text(text, style="dim"), soft_wrap=True)
+    if is_main():
+        _errors().print(Text(text, style="dim"), soft_wrap=True)
 
 
 def paragraph(text: str, *, hint: str = "") -> None:

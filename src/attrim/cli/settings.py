@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import typer
 import yaml
@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from attrim.core.budget import Budget, Scope
 from attrim.errors import InputError
 
-__all__ = ["PruneSettings", "merge", "parse_options"]
+__all__ = ["PruneSettings", "keep_on", "merge", "parse_options"]
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class PruneSettings(BaseModel):
@@ -82,13 +84,17 @@ class PruneSettings(BaseModel):
         )
 
 
-def merge(context: typer.Context, typed: Mapping[str, Any], config: Path | None) -> PruneSettings:
+def merge(
+    context: typer.Context, typed: Mapping[str, Any], config: Path | None, kind: type[S], command: str = "prune"
+) -> S:
     """Settings from defaults, a YAML file and the command line; the later wins.
 
     Args:
         context: knows which options were typed and which are defaults.
         typed: option name -> value, for all options.
-        config: a file as ``attrim prune`` writes it, or a part of one.
+        config: a file as ``attrim prune`` or ``attrim finetune`` writes it, or a part of one.
+        kind: which settings.
+        command: their command, for messages.
 
     Raises:
         InputError: the file is missing, is not YAML, or holds names or values that are no options.
@@ -96,13 +102,45 @@ def merge(context: typer.Context, typed: Mapping[str, Any], config: Path | None)
     values = {name: value for name, value in typed.items() if value is not None and not _explicit(context, name)}
     values |= _read(config) if config is not None else {}
     values |= {name: value for name, value in typed.items() if _explicit(context, name)}
-    for name, text in (("model", "a MODEL, such as timm:resnet18"), ("out", "--out DIR, where the run is written")):
+    first, text = next(iter(kind.model_fields)), "a MODEL, such as timm:resnet18"
+    for name, what in ((first, text), ("out", "--out DIR, where the run is written")):
         if values.get(name) is None:
-            raise InputError(f"missing {text}.")
+            raise InputError(f"missing {what}.")
+    return _validate(kind, values, config, command)
+
+
+def keep_on(
+    context: typer.Context, typed: Mapping[str, Any], config: Path | None, kind: type[S], command: str = "prune"
+) -> S:
+    """Settings of a run that goes on, from the ``config.yaml`` in its folder; from the command line if there is none.
+
+    Raises:
+        InputError: no folder, ``--config`` beside it, or an option typed now that differs from the run's own.
+    """
+    if typed.get("out") is None:
+        raise InputError("--resume goes on with the run in --out DIR, and that is missing.")
+    if config is not None:
+        raise InputError("--resume takes the settings of the run itself. Leave out --config.")
+    own = Path(typed["out"]) / "config.yaml"
+    if not own.is_file():
+        return merge(context, typed, None, kind, command)
+    now = merge(context, typed, own, kind, command).model_dump()
+    then = _validate(kind, _read(own) | {"out": typed["out"]}, own, command)
+    for name, value in then.model_dump().items():
+        if now[name] != value and name not in ("device", "overwrite"):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"--resume goes on as the run in '{typed['out']}' was started, with {option} {value}; found {option} "
+                f"{now[name]}. Leave it out, or start a new run in another folder."
+            )
+    return then
+
+
+def _validate(kind: type[S], values: Mapping[str, Any], config: Path | None, command: str) -> S:
     try:
-        return PruneSettings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(_complaint(error, config)) from error
+        raise InputError(_complaint(error, config, command)) from error
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -137,13 +175,13 @@ def _read(config: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
-def _complaint(error: ValidationError, config: Path | None) -> str:
+def _complaint(error: ValidationError, config: Path | None, command: str) -> str:
     where = f"--config '{config}'" if config is not None else "options"
     problems = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"][:1])
         if problem["type"] == "extra_forbidden":
-            problems.append(f"'{name}' is no option of attrim prune")
+            problems.append(f"'{name}' is no option of attrim {command}")
         else:
             problems.append(f"'{name}': {problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r}")
     return f"{where}: {'; '.join(dict.fromkeys(problems))}."

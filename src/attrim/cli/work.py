@@ -1,8 +1,9 @@
-"""The work behind ``attrim prune``: one step after the other, each with its line in the metrics."""
+"""The work behind ``attrim prune``: one step after the other, each with its line in the metrics, each resumable."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,18 +15,20 @@ from attrim.cli.figures import measure
 from attrim.cli.inputs import example, image_shape, pick_device
 from attrim.cli.models import Built, build
 from attrim.cli.runs import Run
-from attrim.cli.screen import note, say, show
+from attrim.cli.screen import is_main, note, say, show
 from attrim.cli.settings import PruneSettings
 from attrim.cli.trace import input_of
 from attrim.core.budget import Budget
+from attrim.core.plan import PruningPlan
 from attrim.errors import AttrimError, InputError
-from attrim.methods.pipeline import PruneResult, prune
+from attrim.methods.pipeline import Cost, PruneResult, prune
 from attrim.recover import ImageData, evaluate, finetune, open_data, recalibrate
 from attrim.recover.data import Split
 from attrim.score import CRITERIA
-from attrim.ship import save
+from attrim.ship import load, save
+from attrim.ship.store import PLAN_FILE
 
-__all__ = ["Before", "recover", "run_prune"]
+__all__ = ["Before", "accuracy_on", "costs", "epoch_logger", "judge", "recover", "run_prune", "save_main"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,28 +40,40 @@ class Before:
     images: ImageData | None
 
 
-def run_prune(settings: PruneSettings) -> None:
-    """Carry out one run of ``attrim prune``."""
+def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
+    """Carry out one run of ``attrim prune``, or go on with it."""
     budget = settings.budget()
     if settings.data is None and settings.finetune_epochs:
         raise InputError("--finetune-epochs needs images to train on. Add --data PATH.")
     criterion = CRITERIA.get(settings.method)
     if criterion is not None and criterion.needs_data and settings.data is None:
         raise InputError(f"--method {settings.method} reads images. Add --data PATH, or choose one of: {_dataless()}.")
-    run = Run(settings.out, overwrite=settings.overwrite)
+    run = Run(settings.out, overwrite=settings.overwrite, resume=resume)
+    if resume and run.finished:
+        say(f"the run in {run.folder} is finished")
+        return
+    goes_on = resume and (run.cut / PLAN_FILE).exists()
     start, settings = _prepare(settings)
-    run.start(settings.model_dump(mode="json", exclude={"overwrite"}))
-    run.log("start", attrim=version("attrim"), torch=torch.__version__, device=settings.device)
+    if goes_on:
+        run.reopen(again=("finetune", "finetuned", "final", "failed"))
+        note(f"going on with the run in {run.folder}")
+    else:
+        run.start(settings.model_dump(mode="json", exclude={"overwrite"}))
+        run.log("start", attrim=version("attrim"), torch=torch.__version__, device=settings.device)
     try:
-        _work(run, settings, budget, start)
+        plan, small = _read_cut(run, start) if goes_on else _cut(run, settings, budget, start)
+        small = recover(run, settings, start, plan, small)
+        save_main(small, plan, run)
+        _report(run, start, plan, small)
+        run.close()
     except AttrimError as error:
         run.log("failed", error=str(error))
         raise
 
 
-def _work(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> None:
+def _cut(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> tuple[PruningPlan, nn.Module]:
     if start.images is not None:
-        _judge(run, "dense", start.dense, start.images)
+        judge(run, "dense", start.dense, start.images)
     begin = time.monotonic()
     result = prune(
         start.dense,
@@ -68,21 +83,34 @@ def _work(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> N
         data=None if start.images is None else start.images.batches("train"),
         **_method_options(settings),
     )
-    _judge(run, "cut", result.model, start.images, **_cut_figures(result, time.monotonic() - begin))
-    small = recover(run, settings, start, result.model)
-    save(small, result.plan, run.folder)
-    _report(run, start, result, small)
+    judge(run, "cut", result.model, start.images, **_cut_figures(result, time.monotonic() - begin))
+    if settings.finetune_epochs:
+        _keep_cut(run, result.model, result.plan)
+    return result.plan, result.model
 
 
-def recover(run: Run, settings: PruneSettings, start: Before, small: nn.Module) -> nn.Module:
+def _keep_cut(run: Run, small: nn.Module, plan: PruningPlan) -> None:
+    """The verified network lies safe before anything is trained."""
+    if is_main():
+        save(small, plan, run.cut)
+
+
+def _read_cut(run: Run, start: Before) -> tuple[PruningPlan, nn.Module]:
+    return PruningPlan.load(run.cut / PLAN_FILE), load(run.cut, model=start.dense)
+
+
+def recover(run: Run, settings: PruneSettings, start: Before, plan: PruningPlan, small: nn.Module) -> nn.Module:
     """Recalibrate and fine-tune as the settings say, each step judged on the held-out rows."""
     if start.images is None:
         return small
     augmented = start.images.batches("train", augment=True, shuffle=True)
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in small.modules())
-    if settings.recalibrate and has_norm:
+    if settings.recalibrate and has_norm and not run.has("recalibrated"):
+        torch.manual_seed(settings.seed)
         small = recalibrate(small, augmented)
-        _judge(run, "recalibrated", small, start.images)
+        if settings.finetune_epochs:
+            _keep_cut(run, small, plan)
+        judge(run, "recalibrated", small, start.images)
     if settings.finetune_epochs:
         small = finetune(
             small,
@@ -92,12 +120,27 @@ def recover(run: Run, settings: PruneSettings, start: Before, small: nn.Module) 
             lr=settings.lr,
             optimizer=settings.optimizer,
             seed=settings.seed,
-            on_epoch=lambda report: run.log(
-                "finetune", **{f"train_{k}" if k == "accuracy" else k: v for k, v in report.items()}
-            ),
+            folder=run.training,
+            resume=True,  # a fresh run's folder was emptied
+            on_epoch=epoch_logger(run),
         )
-        _judge(run, "finetuned", small, start.images)
+        judge(run, "finetuned", small, start.images)
     return small
+
+
+def epoch_logger(run: Run) -> Callable[[Mapping[str, Any]], None]:
+    """Writes the figures of an epoch into the metrics of the run; its accuracy is one on training images."""
+
+    def log(report: Mapping[str, Any]) -> None:
+        run.log("finetune", **{f"train_{k}" if k == "accuracy" else k: v for k, v in report.items()})
+
+    return log
+
+
+def save_main(small: nn.Module, plan: PruningPlan, run: Run) -> None:
+    """Write the result, in the main process."""
+    if is_main():
+        save(small, plan, run.folder)
 
 
 def _prepare(settings: PruneSettings) -> tuple[Before, PruneSettings]:
@@ -161,29 +204,36 @@ def _cut_figures(result: PruneResult, seconds: float) -> dict[str, Any]:
     }
 
 
-def _judge(run: Run, step: str, model: nn.Module, images: ImageData | None, **figures: Any) -> None:
+def judge(run: Run, step: str, model: nn.Module, images: ImageData | None, **figures: Any) -> None:
     """Write down a step, with its accuracy on the held-out rows where there are any."""
-    accuracy = _accuracy(model, images, "holdout")
+    accuracy = accuracy_on(model, images, "holdout")
     if accuracy is not None:
         figures |= {"accuracy": accuracy, "split": "holdout"}
         note(f"{step}: {accuracy:.2%} on held-out rows")
     run.log(step, **figures)
 
 
-def _accuracy(model: nn.Module, images: ImageData | None, split: Split) -> float | None:
+def accuracy_on(model: nn.Module, images: ImageData | None, split: Split) -> float | None:
     if images is None or split not in images.splits:
         return None
     return evaluate(model, images.batches(split))
 
 
-def _report(run: Run, start: Before, result: PruneResult, small: nn.Module) -> None:
+def _report(run: Run, start: Before, plan: PruningPlan, small: nn.Module) -> None:
     split: Split = "test" if start.images is not None and "test" in start.images.splits else "holdout"
-    accuracy = [_accuracy(model, start.images, split) for model in (start.dense, small)]
-    measured = measure(result, start.dense, small, start.example, accuracy)
+    accuracy = [accuracy_on(model, start.images, split) for model in (start.dense, small)]
+    measured = measure(costs(plan), start.dense, small, start.example, accuracy)
     run.log("final", split=None if start.images is None else split, accuracy=accuracy, **measured.log())
     title = "" if start.images is None else f"accuracy on the {split} split"
     show(measured.table(title))
     say(f"wrote {run.folder}")
+
+
+def costs(plan: PruningPlan) -> tuple[Cost, Cost]:
+    """What the network costs before and after a plan."""
+    p = plan.provenance
+    before, after = (Cost(p[f"macs_{at}"], p[f"params_{at}"], p[f"channels_{at}"]) for at in ("before", "after"))
+    return before, after
 
 
 def _dataless() -> str:
