@@ -78,7 +78,8 @@ def fit(problem: Problem) -> Change | None:
         choice on held rows and the one-sided targets are ours.
     """
     seen, unseen = _Part.of(problem, ~problem.held), _Part.of(problem, problem.held)
-    sums = _Sums(seen, problem)
+    moments = _Moments.of(seen, problem)
+    sums = _Sums(moments, problem)
     before, whole = unseen.error(problem, unseen.base)
     if sums.rows < 1 or before <= 1e-12 * whole:
         return None
@@ -96,7 +97,7 @@ def fit(problem: Problem) -> Change | None:
         return None
     # Chosen: now with all rows, those that judged included.
     everything = _Part(problem.inputs, problem.target, problem.base)
-    sums = _Sums(everything, problem)
+    sums = _Sums(moments + _Moments.of(unseen, problem), problem)
 
     for _ in range(problem.rounds if problem.rectified else 1):
         found = _sweep(problem, everything, sums, best[3], best[1:3])
@@ -130,23 +131,39 @@ class _Part:
         return float(pair[0]), float(pair[1])
 
 
-class _Sums:
-    """Moments of the inputs, in float64, summed over processes; blocks of columns are taken one by one."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moments:
+    """Sums over rows of the inputs and of their products, in float64, over all processes."""
 
-    def __init__(self, part: _Part, problem: Problem) -> None:
+    rows: float
+    first: Tensor
+    grams: list[Tensor]
+
+    @classmethod
+    def of(cls, part: _Part, problem: Problem) -> _Moments:
         inputs = part.inputs
-        self.blocks = _blocks(inputs.shape[2], problem.widest)
-        self._centred = problem.centred
         rows = torch.tensor([float(len(inputs))], dtype=torch.float64, device=inputs.device)
-        first = inputs.sum(0, dtype=torch.float64)
-        grams = [_product(inputs[:, :, a:b], inputs[:, :, a:b]) for a, b in self.blocks]
+        first = _total(inputs)
+        grams = [_product(inputs[:, :, a:b], inputs[:, :, a:b]) for a, b in _blocks(inputs.shape[2], problem.widest)]
         all_sum(rows, first, *grams)
-        self.rows = float(rows)
-        mean = first / max(1.0, self.rows) * (1.0 if problem.centred else 0.0)
+        return cls(float(rows), first, grams)
+
+    def __add__(self, other: _Moments) -> _Moments:
+        grams = [a + b for a, b in zip(self.grams, other.grams, strict=True)]
+        return _Moments(self.rows + other.rows, self.first + other.first, grams)
+
+
+class _Sums:
+    """The systems to solve; blocks of columns are taken one by one."""
+
+    def __init__(self, moments: _Moments, problem: Problem) -> None:
+        self.blocks = _blocks(moments.first.shape[1], problem.widest)
+        self.rows = moments.rows
+        count = max(1.0, moments.rows)
+        mean = moments.first / count * (1.0 if problem.centred else 0.0)
         self.means = [mean[:, a:b] for a, b in self.blocks]
         self.grams = [
-            gram / max(1.0, self.rows) - m[:, :, None] * m[:, None, :]
-            for gram, m in zip(grams, self.means, strict=True)
+            gram / count - m[:, :, None] * m[:, None, :] for gram, m in zip(moments.grams, self.means, strict=True)
         ]
         self.levels = [gram.diagonal(dim1=1, dim2=2).mean(1) for gram in self.grams]
         self._factors: dict[tuple[int, float], Tensor | None] = {}
@@ -166,7 +183,7 @@ class _Sums:
         if fresh and number in self._first:
             return self._first[number]
         missing = missing.reshape(len(missing), inputs.shape[1], -1)
-        cross, first = _product(inputs, missing), missing.sum(0, dtype=torch.float64)
+        cross, first = _product(inputs, missing), _total(missing)
         all_sum(cross, first)
         cross, first = cross / self.rows, first / self.rows
         cross = cross - self.means[number][:, :, None] * first[:, None, :]
@@ -211,6 +228,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     for begin in range(0, len(left), _CHUNK):
         a, b = left[begin : begin + _CHUNK], right[begin : begin + _CHUNK]
         total += (a.permute(1, 2, 0) @ b.permute(1, 0, 2).to(a.dtype)).double()
+    return total
+
+
+def _total(rows: Tensor) -> Tensor:
+    """Sum over rows, in float64; short runs are summed in the data's own precision."""
+    total = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+    for part in torch.split(rows, _CHUNK):
+        total += part.sum(0)
     return total
 
 
