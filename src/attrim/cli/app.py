@@ -13,6 +13,7 @@ import typer
 
 from attrim.cli.demo import demo
 from attrim.cli.evaluate import evaluate
+from attrim.cli.finetune import finetune
 from attrim.cli.methods import methods
 from attrim.cli.prune import prune
 from attrim.cli.screen import note, paragraph
@@ -51,6 +52,7 @@ def _root(
 app.command()(demo)
 app.command()(trace)
 app.command()(prune)
+app.command()(finetune)
 app.command()(evaluate)
 app.command()(methods)
 

@@ -102,7 +102,8 @@ def merge(
     values = {name: value for name, value in typed.items() if value is not None and not _explicit(context, name)}
     values |= _read(config) if config is not None else {}
     values |= {name: value for name, value in typed.items() if _explicit(context, name)}
-    first, text = next(iter(kind.model_fields)), "a MODEL, such as timm:resnet18"
+    first = next(iter(kind.model_fields))
+    text = "a MODEL, such as timm:resnet18" if first == "model" else "a run folder, or a MODEL such as timm:resnet18"
     for name, what in ((first, text), ("out", "--out DIR, where the run is written")):
         if values.get(name) is None:
             raise InputError(f"missing {what}.")
