@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import InputError, VerificationError
 from attrim.modules.repair import Repair
+from attrim.recover.evaluate import evaluate
 from attrim.recover.finetune import finetune
-from attrim.recover.recalibrate import recalibrate
+from attrim.recover.free import free_recovery
 from attrim.score.api import score
 from attrim.search.allocate import allocate
 from attrim.surgery.cut import apply
@@ -46,7 +47,8 @@ class PruneResult:
         plan: what was cut.
         before, after: costs.
         verification: the proof, taken before any recovery; None if it was switched off.
-        steps: what was done, in order, each with its name and figures.
+        steps: what was done, in order, each with its name and figures; with ``accuracy`` (top-1, on ``holdout``) where
+            labels were at hand.
         channels: the channel map of the original.
     """
 
@@ -70,6 +72,8 @@ def prune(
     budget: Budget,
     data: Iterable[Any] | None = None,
     recover: Literal["free", "finetune"] | None = None,
+    holdout: Iterable[Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     verify: bool = True,
     repairs: Mapping[type[nn.Module], Repair] | None = None,
     **options: Any,
@@ -85,8 +89,12 @@ def prune(
         method: a criterion's name (see ``attrim methods``) or a callable ``(model, channels, batches) -> Scores``.
         budget: what may be kept.
         data: batches for criteria that need them and for recovery: ``(inputs, labels)`` pairs, or inputs alone.
-        recover: None; ``"free"`` recalibrates batch norm on ``data``; ``"finetune"`` recalibrates, then trains on ``data``
-            with the original as teacher.
+        recover: None; ``"free"`` refits the layers to the original by least squares, without labels or training
+            (:func:`attrim.recover.free_recovery`); ``"finetune"`` does the same, then trains on ``data`` with the original
+            as teacher (:func:`attrim.recover.finetune`).
+        holdout: labelled batches on which every step is judged; they decide nothing here. Without them no accuracy is
+            read.
+        training: options of the fine-tuning, for example ``{"epochs": 10, "lr": 0.02}``.
         verify: prove the cut before recovery.
         repairs: attribute repairs for your own module types, see :data:`attrim.REPAIRS`.
         options: of the criterion, for example ``reduction="max"``.
@@ -103,9 +111,19 @@ def prune(
         raise InputError(f"recover: expected None, 'free' or 'finetune', found {recover!r}.")
     if recover is not None and data is None:
         raise InputError(f"recover={recover!r} needs data. Pass data=loader, batches of (inputs, labels).")
+    if recover is not None and isinstance(data, Iterator):
+        raise InputError(
+            "data: recovery goes through the batches several times, found a generator, which is empty after one pass. "
+            "Pass a DataLoader, or list(batches)."
+        )
+    if training and recover != "finetune":
+        raise InputError(f"training={dict(training)!r} needs recover='finetune', found recover={recover!r}.")
     analysis = analyse(model, example_inputs)
     small, plan, channels = _cut(model, analysis, method, budget, data, options, repairs)
-    steps: list[Mapping[str, Any]] = [{"step": "cut", "criterion": plan.provenance["criterion"]}]
+    steps: list[Mapping[str, Any]] = []
+    note = _Notes(steps, holdout)
+    note("dense", model)
+    note("cut", small, criterion=plan.provenance["criterion"])
     check = None
     if verify:
         check = verify_plan(model, small, plan, example_inputs, analysis=analysis)
@@ -114,6 +132,7 @@ def prune(
             analysis = analyse(model, example_inputs, check=True)
             small, plan, channels = _cut(model, analysis, method, budget, data, options, repairs)
             check = verify_plan(model, small, plan, example_inputs, analysis=analysis)
+            note("cut", small, criterion=plan.provenance["criterion"])
         if not check.ok:
             raise VerificationError(
                 f"the pruned network is not the masked original, so it was thrown away: {check}. Freeze the tensors named "
@@ -121,11 +140,10 @@ def prune(
             )
         steps.append({"step": "verify", "ok": True, "exact": check.exact, "max_error": check.max_error})
     if recover is not None and data is not None:
-        small = recalibrate(small, data)
-        steps.append({"step": "recalibrate"})
+        small = free_recovery(model, small, plan, data, on_step=lambda name, net, figures: note(name, net, **figures))
         if recover == "finetune":
-            small = finetune(small, data, teacher=model)
-            steps.append({"step": "finetune"})
+            small = finetune(small, data, **{"teacher": model, **(training or {})})
+            note("finetune", small)
     p = plan.provenance
     return PruneResult(
         model=small,
@@ -136,6 +154,20 @@ def prune(
         channels=channels,
         steps=tuple(steps),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Notes:
+    """Writes steps down, with the accuracy where there are labels."""
+
+    steps: list[Mapping[str, Any]]
+    holdout: Iterable[Any] | None
+
+    def __call__(self, step: str, model: nn.Module, **figures: Any) -> None:
+        if self.holdout is not None:
+            figures["accuracy"] = evaluate(model, self.holdout)
+        if figures:
+            self.steps.append({"step": step, **figures})
 
 
 def _cut(

@@ -1,8 +1,19 @@
-"""Winning accuracy back after a cut: recalibration, fine-tuning, and the data and figures they need."""
+"""Winning accuracy back after a cut: reconstruction, recalibration, fine-tuning, and the data and figures they need."""
 
 from attrim.recover.data import ImageData, open_data
 from attrim.recover.evaluate import evaluate
 from attrim.recover.finetune import finetune
+from attrim.recover.free import free_recovery, output_gap
 from attrim.recover.recalibrate import recalibrate
+from attrim.recover.reconstruct import reconstruct
 
-__all__ = ["ImageData", "evaluate", "finetune", "open_data", "recalibrate"]
+__all__ = [
+    "ImageData",
+    "evaluate",
+    "finetune",
+    "free_recovery",
+    "open_data",
+    "output_gap",
+    "recalibrate",
+    "reconstruct",
+]
