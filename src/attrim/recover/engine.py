@@ -219,7 +219,7 @@ def make_engine(device: torch.device, precision: Precision) -> Engine:
     if precision == "fp16" and (not _use_gpus() if several else device.type == "cpu"):
         raise InputError("precision: 'fp16' needs a GPU, and the model is on the CPU. Use 'bf16', or model.to('cuda').")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
-    if asked != precision:
+    if asked not in (precision, "no"):  # "no" is what the launcher says when it was told nothing
         warnings.warn(
             f"accelerate was launched with mixed precision '{asked}', fine-tuning was told precision='{precision}' and "
             "keeps to that.",

@@ -32,7 +32,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
             "the same. Use the dense network that was pruned as the teacher."
         )
     log_student = F.log_softmax(student / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.to(student.dtype) / temperature, dim=1)
     divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(1)
     return divergence.mean() * temperature**2
 
