@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from attrim.errors import AttrimWarning
 from attrim.recover import finetune
 from attrim.recover.feed import Feed
 from attrim.ship import load_weights
@@ -114,6 +115,46 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         written = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
         assert written == first[kind]
         assert len(list((tmp_path / kind).glob("checkpoint-*"))) == 2
+
+
+STOPPED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_resume import Killed, Mortal, batches, network, same
+from attrim.errors import AttrimWarning
+from attrim.recover import finetune
+from attrim.ship import load_weights, save_weights
+torch.manual_seed(100 + int(os.environ["RANK"]))
+folder, rank = Path({folder!r}), os.environ["RANK"]
+options = dict(epochs=2, lr=0.1, accumulate=2, ema=0.9, every_minutes=1e-9)
+whole = finetune(network(), batches(), folder=folder / "whole", **options)
+try:
+    finetune(network(), Mortal(batches(), 10), folder=folder / "killed", **options)
+except Killed:
+    pass
+resumed = finetune(network(), batches(), folder=folder / "killed", resume=True, **options)
+alone = finetune(network(), batches(), folder=folder / "other", **options)
+assert same(whole, resumed) and same(whole, alone)
+save_weights(resumed, folder / f"{{rank}}.safetensors")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bitwise_with_dropout_and_batch_norm(tmp_path):
+    from test_resume import batches as pictures
+    from test_resume import network as convolutional
+
+    small = convolutional()
+    launch(STOPPED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    with pytest.warns(AttrimWarning, match=r"written by 2 processes and is continued by 1: .* not bitwise the same"):
+        finetune(
+            small, pictures(), folder=tmp_path / "killed", resume=True, epochs=2, lr=0.1, accumulate=2, ema=0.9
+        )  # finished already
 
 
 def test_every_row_goes_to_one_process():
