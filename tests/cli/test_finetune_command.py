@@ -178,6 +178,7 @@ def test_a_killed_prune_goes_on_to_the_same_result(call, net, images, tmp_path, 
         (["RUN", "--out", "o", "--attention", "-1"], "attention: expected a weight >= 0, found -1.0"),
         (["RUN", "--out", "o", "--precision", "int8"], "'precision': input should be 'no', 'bf16' or 'fp16'"),
         (["RUN", "--out", "o", "--teacher", "me"], "'teacher': input should be 'original' or 'none'"),
+        (["RUN", "--out", "RUN", "--overwrite"], "is the run to start from. Choose another folder for the result."),
         (["RUN", "--out", "o", "--input", "1x3x8x8"], "--input is for a MODEL; "),
         (["RUN", "--out", "o", "--teacher", "none", "--attention", "1"], "--attention compares with a teacher"),
         (["NET", "--out", "o", "--input", "1x3x8x8"], "fine-tuning needs images to train on. Add --data PATH."),
@@ -197,6 +198,7 @@ def test_wrong_usage(call, net, pruned, tmp_path, monkeypatch, arguments, text):
     assert text in said.err
     assert said.err.count("\n") == 1
     assert not (tmp_path / "o").exists()
+    assert (pruned / "plan.json").exists()
 
 
 def test_only_the_main_process_speaks_and_writes(call, pruned, tmp_path, monkeypatch):

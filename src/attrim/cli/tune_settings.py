@@ -93,6 +93,8 @@ def complete(settings: FinetuneSettings) -> FinetuneSettings:
             )
         resolved = settings.model_copy(update={"model": settings.source, "teacher": "none"})
     else:
+        if Path(settings.out).resolve() == folder.resolve():
+            raise InputError(f"--out: '{settings.out}' is the run to start from. Choose another folder for the result.")
         run = _read_run(folder)
         typed = [name for name in _OF_MODEL if getattr(settings, name) not in (None, False)]
         if typed and settings.model is None:
