@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import attrim
 from attrim import Budget, ChannelMap, Scores
 from attrim.errors import BudgetError, CriterionError, InputError
+from attrim.recover import evaluate, output_gap
 from nets import Attention, Plain, Residual, filled, image
 
 pytestmark = pytest.mark.filterwarnings("ignore::attrim.AttrimWarning")  # small networks are coarse
@@ -29,7 +30,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["l1", "l2", "lamp", "fpgm", "bn_scale", "random", "taylor", "obs"])
+@pytest.mark.parametrize("method", ["l1", "l2", "lamp", "fpgm", "bn_scale", "random", "taylor", "obs", "refit"])
 def test_every_kind_of_criterion_end_to_end(method: str) -> None:
     model = net()
     result = attrim.prune(model, image(), method=method, budget=Budget(macs=0.5), data=batches())
@@ -108,19 +109,39 @@ def test_options_go_to_the_criterion() -> None:
         attrim.prune(model, image(), method="l2", budget=Budget(macs=0.5), temperature=2)
 
 
-def test_free_recovery_recalibrates_and_changes_nothing_but_statistics() -> None:
+def test_free_recovery_comes_closer_to_the_dense_network() -> None:
     model = net()
     cut = attrim.prune(model, image(), budget=Budget(macs=0.5)).model
     result = attrim.prune(model, image(), budget=Budget(macs=0.5), data=batches(), recover="free")
-    assert [s["step"] for s in result.steps] == ["cut", "verify", "recalibrate"]
-    for name, tensor in result.model.state_dict().items():
-        same = torch.equal(tensor, cut.state_dict()[name])
-        assert same == (not name.endswith(("running_mean", "running_var", "num_batches_tracked"))), name
+    assert [s["step"] for s in result.steps] == ["cut", "verify", "reconstruct", "recalibrate"]
+    refit, measured = result.steps[2:]
+    assert refit["layers"] > 0
+    assert measured["taken"] == (measured["gap"] < refit["gap"])
+    assert min(refit["gap"], measured["gap"]) < 0.7 * output_gap(model, cut, batches())
+    assert min(refit["gap"], measured["gap"]) == pytest.approx(output_gap(model, result.model, batches()))
+    assert {k: v.shape for k, v in result.model.state_dict().items()} == {
+        k: v.shape for k, v in cut.state_dict().items()
+    }
+
+
+def test_every_step_is_judged_where_there_are_labels() -> None:
+    model = net()
+    labelled = [(x, model.eval()(x).argmax(1)) for x, _ in batches()]
+    result = attrim.prune(
+        model, image(), budget=Budget(macs=0.5), data=batches(), recover="finetune", holdout=labelled,
+        training={"epochs": 1},
+    )  # fmt: skip
+    judged = {s["step"]: s.get("accuracy") for s in result.steps}
+    assert list(judged) == ["dense", "cut", "verify", "reconstruct", "recalibrate", "finetune"]
+    assert judged["dense"] == 1.0
+    assert judged["verify"] is None
+    assert judged["cut"] == evaluate(attrim.apply(model, result.plan), labelled)
+    assert judged["finetune"] == evaluate(result.model, labelled)
 
 
 def test_fine_tuning_comes_after_the_proof() -> None:
     result = attrim.prune(net(), image(), budget=Budget(macs=0.5), data=batches(), recover="finetune")
-    assert [s["step"] for s in result.steps] == ["cut", "verify", "recalibrate", "finetune"]
+    assert [s["step"] for s in result.steps] == ["cut", "verify", "reconstruct", "recalibrate", "finetune"]
     assert result.verification is not None
     assert result.verification.max_error < 1e-12
     assert all(p.isfinite().all() for p in result.model.parameters())
@@ -164,6 +185,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"recover": "full"},
         InputError,
         "recover: expected None, 'free' or 'finetune', found 'full'",
+    ),
+    "a generator for recovery": (
+        {"recover": "free", "data": (b for b in [image()])},
+        InputError,
+        "data: recovery goes through the batches several times, found a generator",
+    ),
+    "training options without training": (
+        {"training": {"epochs": 2}},
+        InputError,
+        "needs recover='finetune', found recover=None",
     ),
     "an unreachable budget": ({"budget": Budget(macs=0.001)}, BudgetError, "smallest reachable"),
     "a number as budget": ({"budget": 0.5}, InputError, "budget: expected an attrim.Budget, found 0.5"),

@@ -107,22 +107,13 @@ def prune(
         >>> result = attrim.prune(model, torch.randn(1, 3, 32, 32), method="l2", budget=attrim.Budget(macs=0.5))
         >>> result.model, result.after.macs / result.before.macs, result.verification.ok
     """
-    if recover not in (None, "free", "finetune"):
-        raise InputError(f"recover: expected None, 'free' or 'finetune', found {recover!r}.")
-    if recover is not None and data is None:
-        raise InputError(f"recover={recover!r} needs data. Pass data=loader, batches of (inputs, labels).")
-    if recover is not None and isinstance(data, Iterator):
-        raise InputError(
-            "data: recovery goes through the batches several times, found a generator, which is empty after one pass. "
-            "Pass a DataLoader, or list(batches)."
-        )
-    if training and recover != "finetune":
-        raise InputError(f"training={dict(training)!r} needs recover='finetune', found recover={recover!r}.")
+    _check(recover, data, training)
     analysis = analyse(model, example_inputs)
     small, plan, channels = _cut(model, analysis, method, budget, data, options, repairs)
     steps: list[Mapping[str, Any]] = []
     note = _Notes(steps, holdout)
-    note("dense", model)
+    if holdout is not None:
+        note("dense", model)
     note("cut", small, criterion=plan.provenance["criterion"])
     check = None
     if verify:
@@ -132,7 +123,6 @@ def prune(
             analysis = analyse(model, example_inputs, check=True)
             small, plan, channels = _cut(model, analysis, method, budget, data, options, repairs)
             check = verify_plan(model, small, plan, example_inputs, analysis=analysis)
-            note("cut", small, criterion=plan.provenance["criterion"])
         if not check.ok:
             raise VerificationError(
                 f"the pruned network is not the masked original, so it was thrown away: {check}. Freeze the tensors named "
@@ -156,6 +146,20 @@ def prune(
     )
 
 
+def _check(recover: str | None, data: Any, training: Mapping[str, Any] | None) -> None:
+    if recover not in (None, "free", "finetune"):
+        raise InputError(f"recover: expected None, 'free' or 'finetune', found {recover!r}.")
+    if recover is not None and data is None:
+        raise InputError(f"recover={recover!r} needs data. Pass data=loader, batches of (inputs, labels).")
+    if recover is not None and isinstance(data, Iterator):
+        raise InputError(
+            "data: recovery goes through the batches several times, found a generator, which is empty after one pass. "
+            "Pass a DataLoader, or list(batches)."
+        )
+    if training and recover != "finetune":
+        raise InputError(f"training={dict(training)!r} needs recover='finetune', found recover={recover!r}.")
+
+
 @dataclass(frozen=True, slots=True)
 class _Notes:
     """Writes steps down, with the accuracy where there are labels."""
@@ -166,8 +170,7 @@ class _Notes:
     def __call__(self, step: str, model: nn.Module, **figures: Any) -> None:
         if self.holdout is not None:
             figures["accuracy"] = evaluate(model, self.holdout)
-        if figures:
-            self.steps.append({"step": step, **figures})
+        self.steps.append({"step": step, **figures})
 
 
 def _cut(

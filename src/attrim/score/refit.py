@@ -22,6 +22,9 @@ __all__ = ["refit"]
 
 Price = Literal["macs", "params", "none"]
 
+_CONSTANT = 1e-6
+"""An input whose variance is less than this share of its mean square does not vary; a constant makes up for it."""
+
 _SHOWN = 8192
 """Output positions of a batch from which the spread of a layer's output is taken."""
 
@@ -129,21 +132,24 @@ class _Reader:
             index: ``(size, k)``: positions of each channel along the contracted axis of the whole weight.
             damping: see :func:`refit`.
         """
-        pixels, rows, square = self.seen.tolist()
-        spread = square / max(rows, 1.0) - float((self.out_first / max(rows, 1.0)).square().sum())
+        pixels, rows, total = self.seen.tolist()
+        spread = total / max(rows, 1.0) - float((self.out_first / max(rows, 1.0)).square().sum())
         mean = self.first / max(pixels, 1.0)
         gram = self.second / max(pixels, 1.0)
         if not bool(gram.isfinite().all()):
             raise CriterionError(
                 f"the inputs of '{self.unit.key[0]}' are NaN or infinite: look for NaN in the data or the weights."
             )
+        square = gram.diagonal(dim1=1, dim2=2) if self.full else gram[:, :, 0]
+        dead = square - mean.square() <= _CONSTANT * square
         if self.full:
             gram = gram - mean[:, :, None] * mean[:, None, :]
         else:
-            gram = torch.diag_embed((gram[:, :, 0] - mean.square()).clamp_min(0))
+            gram = torch.diag_embed((square - mean.square()).clamp_min(0))
+        weight = torch.where(dead[:, None, :], 0.0, self.weight) / max(spread, 1e-30) ** 0.5
         columns = torch.from_numpy(index) - self.start
         inside = ((columns >= 0) & (columns < gram.shape[1])).all(1)
-        return _Consumer(self.weight / max(spread, 1e-30) ** 0.5, gram, columns, inside, damping, self.unit.key[0])
+        return _Consumer(weight, gram, columns, inside, damping, self.unit.key[0])
 
 
 class _Consumer:
