@@ -35,7 +35,7 @@ def test_short_demo(call, tmp_path):
     assert "ok, exact" in said.err
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [
-        *("train", "dense", "cut", "recalibrated", "finetune", "finetuned", "final"),
+        *("train", "dense", "cut", "recovered", "finetune", "finetuned", "final"),
     ]
     final = lines[-1]
     assert final["reloaded_equal"] is True

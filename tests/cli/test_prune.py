@@ -82,7 +82,17 @@ def test_prune_with_data_recovers_and_reports(call, trained, images, tmp_path):
     )
     assert said.status == 0, said.err
     found = steps(out)
-    assert list(found) == ["start", "dense", "cut", "recalibrated", "finetune", "finetuned", "final"]
+    assert list(found) == [
+        "start",
+        "dense",
+        "cut",
+        "reconstruct",
+        "recalibrate",
+        "recovered",
+        "finetune",
+        "finetuned",
+        "final",
+    ]
     assert found["dense"]["split"] == "holdout"
     assert found["final"]["split"] == "test"
     assert found["finetune"]["epoch"] == 2
@@ -166,7 +176,7 @@ def test_images_for_a_model_of_vectors(call, net, images, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_networks_without_batch_norm_are_not_recalibrated(call, tmp_path, images):
+def test_networks_without_batch_norm_are_refitted_and_not_recalibrated(call, tmp_path, images):
     (tmp_path / "ln.py").write_text(
         "from torch import nn\n"
         "def make(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),"
@@ -177,4 +187,4 @@ def test_networks_without_batch_norm_are_not_recalibrated(call, tmp_path, images
         *("--out", tmp_path / "run", "--device", "cpu"),
     )
     assert said.status == 0
-    assert list(steps(tmp_path / "run")) == ["start", "dense", "cut", "final"]
+    assert list(steps(tmp_path / "run")) == ["start", "dense", "cut", "reconstruct", "recovered", "final"]

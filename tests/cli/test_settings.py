@@ -48,7 +48,8 @@ def test_all_that_is_typed_arrives(settled):
             "--std",
             "1",
             "--no-flip",
-            "--no-recalibrate",
+            "--recover",
+            "recalibrate",
             "--finetune-epochs",
             "2",
             "--lr",
@@ -61,7 +62,7 @@ def test_all_that_is_typed_arrives(settled):
     assert settings.budget().frozen == ("a.*", "b:0")
     assert settings.option == {"reduction": "max", "power": 1}
     assert settings.mean == (0.5, 0.4, 0.3)
-    assert (settings.flip, settings.recalibrate, settings.distill) == (False, False, False)
+    assert (settings.flip, settings.recover, settings.distill) == (False, "recalibrate", False)
     assert (settings.seed, settings.batch_size, settings.limit, settings.num_classes) == (7, 32, 10, 3)
 
 

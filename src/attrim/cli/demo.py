@@ -17,10 +17,11 @@ from attrim.cli.figures import measure
 from attrim.cli.runs import Run
 from attrim.cli.screen import note, say, show
 from attrim.core.budget import Budget
+from attrim.core.plan import PruningPlan
 from attrim.errors import InputError, MissingDependencyError, VerificationError
 from attrim.methods.pipeline import PruneResult
 from attrim.methods.pipeline import prune as cut
-from attrim.recover import evaluate, finetune, recalibrate
+from attrim.recover import evaluate, finetune, free_recovery
 from attrim.recover.data import Split
 from attrim.recover.tensors import TensorBatches
 from attrim.score import CRITERIA
@@ -97,7 +98,7 @@ def demo(
         kept = result.after.macs / result.before.macs
         note(f"2. cut with {method} to {kept:.1%} of the MACs; {result.verification}")
         _judge(run, "cut", result.model, digits)
-        small = _recover(run, digits, dense, result.model, finetune_epochs, seed)
+        small = _recover(run, digits, dense, result.model, result.plan, finetune_epochs, seed)
         save(small, result.plan, run.folder)
         _conclude(run, digits, result, dense, small)
 
@@ -140,11 +141,13 @@ def _train(run: Run, digits: Digits, epochs: int, seed: int) -> nn.Module:
     return dense
 
 
-def _recover(run: Run, digits: Digits, dense: nn.Module, small: nn.Module, epochs: int, seed: int) -> nn.Module:
+def _recover(
+    run: Run, digits: Digits, dense: nn.Module, small: nn.Module, plan: PruningPlan, epochs: int, seed: int
+) -> nn.Module:
     batches = digits.batches("train", augment=True, seed=seed + 1)
-    small = recalibrate(small, batches)
-    note("3. measured the batch-norm statistics anew")
-    _judge(run, "recalibrated", small, digits)
+    small = free_recovery(dense, small, plan, batches)
+    note("3. refitted every layer to the original, without labels")
+    _judge(run, "recovered", small, digits)
     small = finetune(
         small, batches, teacher=dense, epochs=epochs, lr=0.03, seed=seed, on_epoch=_logger(run, "finetune")
     )

@@ -40,7 +40,7 @@ def prune(
     mean: options.Mean = None,
     std: options.Std = None,
     flip: options.Flip = True,
-    recalibrate: only.Recalibrate = True,
+    recover: only.Recover = "free",
     finetune_epochs: only.FinetuneEpochs = 0,
     lr: only.LearningRate = 0.01,
     optimizer: only.Optimizer = "sgd",

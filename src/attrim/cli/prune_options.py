@@ -25,7 +25,7 @@ __all__ = [
     "Option",
     "Out",
     "Overwrite",
-    "Recalibrate",
+    "Recover",
     "Resume",
     "Samples",
     "Scope",
@@ -74,8 +74,14 @@ Frozen = Annotated[
 ]
 Scope = Annotated[str, typer.Option(rich_help_panel=BUDGET, metavar="NAME", help="global, group or isomorphic.")]
 
-Recalibrate = Annotated[
-    bool, typer.Option(rich_help_panel=RECOVERY, help="Measure batch-norm statistics anew after the cut (with --data).")
+Recover = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=RECOVERY,
+        metavar="NAME",
+        help="Without training, with --data: free (refit every layer to the original), recalibrate (measure batch norm "
+        "anew) or none.",
+    ),
 ]
 FinetuneEpochs = Annotated[
     int, typer.Option(rich_help_panel=RECOVERY, metavar="N", help="Epochs of fine-tuning after the cut.")

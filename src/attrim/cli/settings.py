@@ -50,7 +50,7 @@ class PruneSettings(BaseModel):
     std: tuple[float, ...] | None = None
     flip: bool = True
 
-    recalibrate: bool = True
+    recover: Literal["free", "recalibrate", "none"] = "free"
     finetune_epochs: int = 0
     lr: float = 0.01
     optimizer: Literal["sgd", "adamw"] = "sgd"

@@ -22,7 +22,7 @@ from attrim.core.budget import Budget
 from attrim.core.plan import PruningPlan
 from attrim.errors import AttrimError, InputError
 from attrim.methods.pipeline import Cost, PruneResult, prune
-from attrim.recover import ImageData, evaluate, finetune, open_data, recalibrate
+from attrim.recover import ImageData, evaluate, finetune, free_recovery, open_data, recalibrate
 from attrim.recover.data import Split
 from attrim.score import CRITERIA
 from attrim.ship import load, save
@@ -100,17 +100,19 @@ def _read_cut(run: Run, start: Before) -> tuple[PruningPlan, nn.Module]:
 
 
 def recover(run: Run, settings: PruneSettings, start: Before, plan: PruningPlan, small: nn.Module) -> nn.Module:
-    """Recalibrate and fine-tune as the settings say, each step judged on the held-out rows."""
+    """Recover without training and fine-tune as the settings say, each step judged on the held-out rows."""
     if start.images is None:
         return small
     augmented = start.images.batches("train", augment=True, shuffle=True)
-    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in small.modules())
-    if settings.recalibrate and has_norm and not run.has("recalibrated"):
+    if settings.recover != "none" and not run.has("recovered"):
         torch.manual_seed(settings.seed)
-        small = recalibrate(small, augmented)
+        if settings.recover == "free":
+            small = free_recovery(start.dense, small, plan, augmented, on_step=_step_logger(run))
+        else:
+            small = recalibrate(small, augmented)
         if settings.finetune_epochs:
             _keep_cut(run, small, plan)
-        judge(run, "recalibrated", small, start.images)
+        judge(run, "recovered", small, start.images, how=settings.recover)
     if settings.finetune_epochs:
         small = finetune(
             small,
@@ -126,6 +128,16 @@ def recover(run: Run, settings: PruneSettings, start: Before, plan: PruningPlan,
         )
         judge(run, "finetuned", small, start.images)
     return small
+
+
+def _step_logger(run: Run) -> Callable[[str, nn.Module, Mapping[str, Any]], None]:
+    """Writes the steps of the recovery without training into the metrics."""
+
+    def log(step: str, model: nn.Module, figures: Mapping[str, Any]) -> None:
+        del model
+        run.log(step, **figures)
+
+    return log
 
 
 def epoch_logger(run: Run) -> Callable[[Mapping[str, Any]], None]:
