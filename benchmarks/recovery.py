@@ -65,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpoints", type=Path, help="folder with NETWORK-cifar10-jpeg.safetensors")
     parser.add_argument("--networks", nargs="+", default=["resnet20"], choices=["resnet20", "resnet56"])
     parser.add_argument("--criteria", nargs="+", default=[*UNIFORM, "refit"])
+    parser.add_argument("--techniques", nargs="+", help="only those whose name holds one of these words")
     parser.add_argument("--parts", nargs="+", default=["table"], choices=["table", "finetune", "timing"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--macs", type=float, default=0.5, help="share that is kept (default 0.5)")
@@ -72,7 +73,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, default=2000, help="a prefix of the test split (default 2000)")
     parser.add_argument("--rows", type=int, default=10_000, help="training rows for fine-tuning (default 10000)")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--timing-images", type=int, default=32, help="ResNet-50 at 224 x 224 (default 32)")
+    parser.add_argument("--timing-images", type=int, default=128, help="ResNet-50 at 224 x 224 (default 128)")
+    parser.add_argument("--timing-repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="both networks, all test images, all training rows")
@@ -144,8 +146,8 @@ class Bench:
         self, small: nn.Module, plan: attrim.PruningPlan, images: list[Pair]
     ) -> dict[str, Callable[[], nn.Module]]:
         """What is compared; each starts from the same cut network."""
-        dense = self.dense
-        return {
+        dense, wanted = self.dense, self.options.techniques
+        known = {
             "cut only": lambda: small,
             "bias folding": lambda: fold_bias(dense, small, plan, images),
             "recalibration": lambda: recalibrate(small, images),
@@ -157,6 +159,7 @@ class Bench:
             "the same, then recalibration": lambda: recalibrate(reconstruct(dense, small, plan, images), images),
             "recover='free'": lambda: free_recovery(dense, small, plan, images),
         }
+        return {name: run for name, run in known.items() if wanted is None or any(word in name for word in wanted)}
 
     def peer(self) -> dict[str, list[tuple[float, float]]]:
         """Torch-Pruning's L2 criterion at the same multiply-adds, inside the blocks; recalibrated by attrim."""
@@ -241,7 +244,7 @@ def timing(options: argparse.Namespace) -> dict[str, float]:
     plan = attrim.allocate(channels, attrim.score(dense, channels, "l2"), attrim.Budget(macs=options.macs))
     small = attrim.apply(dense, plan)
     ratios = []
-    for _ in range(3):
+    for _ in range(options.timing_repeats):
         begin = time.perf_counter()
         with torch.no_grad():
             for batch in batches:
