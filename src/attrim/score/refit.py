@@ -25,6 +25,9 @@ Price = Literal["macs", "params", "none"]
 _CONSTANT = 1e-6
 """An input whose variance is less than this share of its mean square does not vary; a constant makes up for it."""
 
+_ROUNDING = 1e-12
+"""The least ridge, as a share of the inputs' mean square."""
+
 _SHOWN = 8192
 """Output positions of a batch from which the spread of a layer's output is taken."""
 
@@ -106,11 +109,15 @@ class _Reader:
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)
         self.out_first = torch.zeros(unit.outputs, dtype=torch.float64, device=device)
         self.calls = 0
+        self.pivot: Tensor | None = None
 
     def add(self, arrival: Arrival) -> None:
         """Take a batch in."""
         pixels = arrival.use.inputs.flatten(3).permute(1, 0, 3, 2).flatten(1, 2)  # (blocks, pixels, columns)
         pixels = pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.float()
+        if self.pivot is None:  # sums about a point near the mean, so that single precision does not lose the spread
+            self.pivot = pixels.mean(1, keepdim=True)
+        pixels = pixels - self.pivot
         product = pixels.mT @ pixels if self.full else pixels.square().sum(1)[:, :, None]
         self.second += product.double()
         self.first += pixels.sum(1, dtype=torch.float64)
@@ -122,7 +129,15 @@ class _Reader:
         self.calls += 1
 
     def close(self) -> None:
-        """Sum over processes."""
+        """Sums about zero, in float64, over all processes."""
+        if self.pivot is not None:
+            pivot, count = self.pivot[:, 0].double(), self.seen[0]
+            if self.full:
+                across = self.first[:, :, None] * pivot[:, None, :]
+                self.second += across + across.mT + count * pivot[:, :, None] * pivot[:, None, :]
+            else:
+                self.second += (2 * self.first * pivot + count * pivot.square())[:, :, None]
+            self.first += count * pivot
         all_sum(self.second, self.first, self.seen, self.out_first)
 
     def consumer(self, index: IntArray, damping: float) -> _Consumer:
@@ -141,29 +156,41 @@ class _Reader:
                 f"the inputs of '{self.unit.key[0]}' are NaN or infinite: look for NaN in the data or the weights."
             )
         square = gram.diagonal(dim1=1, dim2=2) if self.full else gram[:, :, 0]
-        dead = square - mean.square() <= _CONSTANT * square
+        variance = (square - mean.square()).clamp_min(0)
+        dead = variance <= _CONSTANT * square
         if self.full:
             gram = gram - mean[:, :, None] * mean[:, None, :]
         else:
-            gram = torch.diag_embed((square - mean.square()).clamp_min(0))
+            gram = torch.diag_embed(variance)
+        # A constant column says nothing and must not disturb the others by its rounding.
+        gram = torch.where((dead[:, :, None] | dead[:, None, :]), 0.0, gram)
         weight = torch.where(dead[:, None, :], 0.0, self.weight) / max(spread, 1e-30) ** 0.5
+        floor = _ROUNDING * square.mean(1)
         columns = torch.from_numpy(index) - self.start
         inside = ((columns >= 0) & (columns < gram.shape[1])).all(1)
-        return _Consumer(weight, gram, columns, inside, damping, self.unit.key[0])
+        return _Consumer(weight, gram, columns, inside, damping, floor, self.unit.key[0])
 
 
 class _Consumer:
     """A consumer under elimination: its weights as they would be refitted, and the inverse of its Gram matrix."""
 
     def __init__(
-        self, weight: Tensor, gram: Tensor, columns: Tensor, inside: Tensor, damping: float, tensor: str
+        self,
+        weight: Tensor,
+        gram: Tensor,
+        columns: Tensor,
+        inside: Tensor,
+        damping: float,
+        floor: Tensor,
+        tensor: str,
     ) -> None:
         device = weight.device
         self.columns = torch.where(inside[:, None], columns, 0).to(device)
         self.inside = inside.to(device)
         self.weight = weight.clone()
         level = gram.diagonal(dim1=1, dim2=2).mean(1)
-        ridge = torch.where(level > 0, damping * level, 1.0).clamp_min(1e-12 * level.amax().clamp_min(1e-30))
+        ridge = torch.maximum(damping * level, floor)
+        ridge = torch.where(ridge > 0, ridge, 1.0)
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge[:, None].expand(-1, gram.shape[1])))
         if bool(failed.any()):
             raise CriterionError(
