@@ -158,10 +158,7 @@ class _Reader:
         square = gram.diagonal(dim1=1, dim2=2) if self.full else gram[:, :, 0]
         variance = (square - mean.square()).clamp_min(0)
         dead = variance <= _CONSTANT * square
-        if self.full:
-            gram = gram - mean[:, :, None] * mean[:, None, :]
-        else:
-            gram = torch.diag_embed(variance)
+        gram = gram - mean[:, :, None] * mean[:, None, :] if self.full else torch.diag_embed(variance)
         # A constant column says nothing and must not disturb the others by its rounding.
         gram = torch.where((dead[:, :, None] | dead[:, None, :]), 0.0, gram)
         weight = torch.where(dead[:, None, :], 0.0, self.weight) / max(spread, 1e-30) ** 0.5
