@@ -3,6 +3,7 @@
 from attrim.recover.data import ImageData, open_data
 from attrim.recover.evaluate import evaluate
 from attrim.recover.finetune import finetune
+from attrim.recover.fold import fold_bias
 from attrim.recover.free import free_recovery, output_gap
 from attrim.recover.recalibrate import recalibrate
 from attrim.recover.reconstruct import reconstruct
@@ -11,6 +12,7 @@ __all__ = [
     "ImageData",
     "evaluate",
     "finetune",
+    "fold_bias",
     "free_recovery",
     "open_data",
     "output_gap",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from attrim.core.plan import PruningPlan
-from attrim.errors import DataError, InputError, PlanError
+from attrim.errors import DataError, InputError
 from attrim.modules.batches import Batch, batch_source, device_of, read_batch
-from attrim.modules.names import fingerprint, named_tensors
 from attrim.modules.progress import progress
-from attrim.recover.evaluate import restore_modes
 from attrim.recover.refit.fit import RIDGES
 from attrim.recover.refit.gather import Settings
+from attrim.recover.refit.networks import check_networks, evaluating
 from attrim.recover.refit.work import Refit, Work
 from attrim.score.data import undisturbed
 
@@ -95,10 +93,10 @@ def reconstruct(
     """
     settings = Settings(tuple(ridges), rectify, widest, memory, seed)
     _check(settings, layers, samples)
-    _check_networks(dense, pruned, plan)
+    check_networks(dense, pruned, plan)
     small = copy.deepcopy(pruned)
     held = _hold(batches, device_of(dense), samples)
-    with undisturbed(dense), _evaluating(small), torch.no_grad():
+    with undisturbed(dense), evaluating(small), torch.no_grad():
         work = Work.prepare(dense, small, plan, held, settings, layers)
         for refit in progress(work.run(sequence), "reconstructing", len(work.pairs)):
             if on_layer is not None:
@@ -119,36 +117,6 @@ def _hold(batches: Iterable[Any], device: torch.device, samples: int | None) -> 
     if not held:
         raise DataError("reconstruction read no sample: the source is empty, or a generator that was used up before.")
     return held
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        restore_modes(modes)
-
-
-def _check_networks(dense: nn.Module, pruned: nn.Module, plan: PruningPlan) -> None:
-    for name, model in (("dense", dense), ("pruned", pruned)):
-        if not isinstance(model, nn.Module):
-            raise InputError(f"{name}: expected an nn.Module, found {type(model).__name__}.")
-    if not isinstance(plan, PruningPlan):
-        raise InputError(f"plan: expected an attrim.PruningPlan, found {type(plan).__name__}.")
-    before, after = named_tensors(dense).shapes, named_tensors(pruned).shapes
-    if plan.fingerprint != fingerprint(before):
-        raise PlanError(
-            "the plan was not made for the dense network (the fingerprints differ). Pass the one that was traced."
-        )
-    for name, shape in before.items():
-        expected = plan.cuts[name].shape_after if name in plan.cuts else shape
-        if after.get(name) != expected:
-            raise PlanError(
-                f"pruned: '{name}' should have shape {expected} after this plan, found {after.get(name)}. "
-                "Make it with attrim.apply(dense, plan)."
-            )
 
 
 def _check(settings: Settings, layers: str, samples: int | None) -> None:

@@ -69,12 +69,30 @@ class Course:
     Attributes:
         units: in the order in which their outputs are compared.
         refused: weight -> why it cannot be fitted.
+        contracted: weight -> its dimensions that were contracted, of those that can and those that cannot be fitted.
         live: most bytes of activations that were alive at a comparison.
     """
 
     units: tuple[Unit, ...]
     refused: Mapping[str, str]
+    contracted: Mapping[str, frozenset[int]]
     live: int
+
+    def left_out(self, cut: Mapping[str, Collection[int]]) -> dict[str, str]:
+        """Weights whose inputs were cut and that are no unit, with the reason.
+
+        Args:
+            cut: weight -> its dimensions that are cut.
+        """
+        units = {unit.key[0] for unit in self.units}
+        left = {}
+        for name, dims in cut.items():
+            if name in self.contracted:
+                if name not in units and self.contracted[name] & set(dims):
+                    left[name] = self.refused[name]
+            elif any(d != 0 for d in dims):  # most weights have their outputs first
+                left[name] = "no convolution or matrix product was seen with it"
+        return left
 
 
 @dataclass(slots=True, eq=False)
@@ -272,7 +290,10 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             end, unit = self._unit(trail, key, claimed)
             found.append((end, unit))
         found.sort(key=lambda pair: pair[0])
-        return Course(tuple(unit for _, unit in found), refused, self.live)
+        dims: dict[str, frozenset[int]] = {}
+        for trail in self._trails:
+            dims[trail.use.tensor] = dims.get(trail.use.tensor, frozenset()) | {trail.use.dim}
+        return Course(tuple(unit for _, unit in found), refused, dims, self.live)
 
     def _keys(self) -> list[Key]:
         parts: dict[str, dict[int, int]] = {}
