@@ -68,10 +68,11 @@ class Work:
     def prepare(
         cls, dense: nn.Module, small: nn.Module, plan: PruningPlan, held: list[Batch], settings: Settings, layers: str
     ) -> Work:
-        cut = {name: tuple(c.keep) for name, c in plan.cuts.items()}
+        parameters = named_tensors(dense).parameters
+        cut = {name: tuple(c.keep) for name, c in plan.cuts.items() if name in parameters}
         courses = [_survey(model, held[0], cut) for model in (dense, small)]
         pairs, refused = match(courses[0].units, courses[1].units)
-        _warn(plan, dense, {**courses[0].refused, **courses[1].refused, **refused}, pairs)
+        _warn(courses[0], cut, {**courses[1].refused, **refused}, pairs)
         if layers == "consumers":
             pairs = {key: pair for key, pair in pairs.items() if pair[0].dim in cut.get(key[0], ())}
         sampling = Sampling(tuple(b.size for b in held), settings.seed, settings.memory)
@@ -229,20 +230,18 @@ def _survey(model: nn.Module, batch: Batch, cut: Mapping[str, tuple[int, ...]]) 
     return survey.course(cut)
 
 
-def _consumers(plan: PruningPlan, dense: nn.Module) -> Iterator[str]:
-    """Weights with a cut axis other than the first, on which convolutions and linear layers have their outputs."""
-    parameters = named_tensors(dense).parameters
-    for name, cut in plan.cuts.items():
-        if name in parameters and any(d != 0 for d in cut.keep):
-            yield name
-
-
 def _warn(
-    plan: PruningPlan, dense: nn.Module, refused: Mapping[str, str], pairs: Mapping[Key, tuple[Unit, Unit]]
+    course: Course,
+    cut: Mapping[str, tuple[int, ...]],
+    refused: Mapping[str, str],
+    pairs: Mapping[Key, tuple[Unit, Unit]],
 ) -> None:
-    fitted = {name for name, _ in pairs}
-    left = {n: refused.get(n, "no convolution or matrix product was seen with it") for n in _consumers(plan, dense)}
-    left = {name: why for name, why in left.items() if name not in fitted}
+    """Say which consumers of removed channels cannot be fitted, and why."""
+    left = course.left_out(cut)
+    for unit in course.units:
+        name = unit.key[0]
+        if unit.key not in pairs and unit.dim in cut.get(name, ()):
+            left[name] = refused.get(name, "the pruned network takes another course there")
     if left:
         lines = "; ".join(f"'{name}': {why}" for name, why in list(left.items())[:5])
         more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
