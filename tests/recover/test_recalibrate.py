@@ -41,19 +41,75 @@ def batches(*sizes: int) -> list[Tensor]:
 
 
 def population(net: Net, data: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Average over batches of the mean and the unbiased variance of the convolution's output, in numpy."""
+    """Mean and unbiased variance of the convolution's output over all images together, in numpy."""
     weight, bias = net.conv.weight.detach().numpy()[:, :, 0, 0], net.conv.bias.detach().numpy()
     outputs = [np.einsum("oc,nchw->onhw", weight, x.numpy()).reshape(3, -1) + bias[:, None] for x in data]
-    return np.mean([y.mean(1) for y in outputs], 0), np.mean([y.var(1, ddof=1) for y in outputs], 0)
+    together = np.concatenate(outputs, 1).astype(np.float64)
+    return together.mean(1), together.var(1, ddof=1)
 
 
-def test_statistics_equal_the_population(net):
-    data = batches(8, 8, 8)
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 8, 3), (2, 9), (5,)])
+def test_statistics_equal_the_population(net, sizes):
+    data = batches(*sizes)
     fresh = recalibrate(net, data)
     mean, var = population(net, data)
-    np.testing.assert_allclose(fresh.bn.running_mean.numpy(), mean, atol=1e-5)
-    np.testing.assert_allclose(fresh.bn.running_var.numpy(), var, rtol=1e-5)
-    assert fresh.bn.num_batches_tracked == 3
+    np.testing.assert_allclose(fresh.bn.running_mean.numpy(), mean, atol=1e-6)
+    np.testing.assert_allclose(fresh.bn.running_var.numpy(), var, rtol=1e-6)
+    assert fresh.bn.num_batches_tracked == len(sizes)
+
+
+def test_the_variance_holds_the_spread_of_the_batches_means():
+    """Two constant batches, -3 and 3, of 4 and 12 values: each has variance 0, together mean 1.5 and squares 108."""
+    fresh = recalibrate(nn.Sequential(nn.BatchNorm1d(1)), [torch.full((4, 1), -3.0), torch.full((12, 1), 3.0)])
+    assert fresh[0].running_mean.item() == 1.5
+    assert fresh[0].running_var.item() == pytest.approx(108 / 15, rel=1e-6)
+
+
+def test_values_far_from_zero_keep_their_variance():
+    """In single precision the squares of 1e4 would drown a variance of 1."""
+    data = [1e4 + torch.randn(64, 1, generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    fresh = recalibrate(nn.Sequential(nn.BatchNorm1d(1)), data)
+    assert fresh[0].running_var.item() == pytest.approx(torch.cat(data).double().var().item(), rel=1e-3)
+
+
+class Twice(nn.Module):
+    """One norm for two inputs, and a norm that runs on the second batch only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.rare, self.never, self.calls = nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            self.rare(x)
+        return self.bn(x) + self.bn(input=2 * x[:2] + 1).sum()
+
+
+def test_each_call_of_a_shared_norm_counts():
+    data = [torch.randn(n, 2, generator=torch.Generator().manual_seed(n)) for n in (4, 7, 5)]
+    fresh = recalibrate(Twice(), data)
+    together = torch.cat([part for x in data for part in (x, 2 * x[:2] + 1)]).double()
+    torch.testing.assert_close(fresh.bn.running_mean.double(), together.mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(fresh.bn.running_var.double(), together.var(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(fresh.rare.running_var, data[1].var(0))
+    assert [n.num_batches_tracked.item() for n in (fresh.bn, fresh.rare, fresh.never)] == [6, 1, 0]
+    assert fresh.never.running_var.tolist() == [1, 1]
+
+
+def test_norms_that_sum_over_gpus_are_measured_anywhere():
+    data = batches(4, 3)
+    plain = recalibrate(nn.Sequential(nn.BatchNorm2d(2)), data)[0]
+    synced = recalibrate(nn.Sequential(nn.SyncBatchNorm(2)), data)[0]
+    assert torch.equal(plain.running_var, synced.running_var)
+    assert "forward" not in vars(synced)
+    assert synced.momentum == 0.1
+
+
+def test_double_precision_stays():
+    fresh = recalibrate(nn.Sequential(nn.BatchNorm2d(2)).double(), [x.double() for x in batches(4, 3)])
+    reference = torch.cat(batches(4, 3)).double()
+    torch.testing.assert_close(fresh[0].running_var, reference.var((0, 2, 3)), rtol=1e-12, atol=0)
 
 
 def test_the_argument_is_untouched_and_modes_are_kept(net):
@@ -77,12 +133,13 @@ def test_dropout_stays_off(net):
     assert torch.equal(recalibrate(net, data).bn2.running_var, recalibrate(net, data).bn2.running_var)
 
 
-def test_a_short_last_batch_is_left_out_when_there_are_others(net):
-    data = batches(8, 8, 3)
-    mean, _ = population(net, data[:2])
-    np.testing.assert_allclose(recalibrate(net, data).bn.running_mean.numpy(), mean, atol=1e-5)
-    alone, _ = population(net, data[2:])
-    np.testing.assert_allclose(recalibrate(net, data[2:]).bn.running_mean.numpy(), alone, atol=1e-5)
+def test_a_last_batch_of_one_is_left_out_where_it_cannot_be_normalised(net):
+    data = batches(8, 8, 1)
+    fresh = recalibrate(net, data)
+    mean, var = population(net, data[:2])
+    np.testing.assert_allclose(fresh.bn.running_mean.numpy(), mean, atol=1e-6)
+    np.testing.assert_allclose(fresh.bn.running_var.numpy(), var, rtol=1e-6)
+    assert fresh.bn2.num_batches_tracked == 2
 
 
 def test_limit_reads_no_further(net):
