@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 
 import pytest
 import torch
+from chains import Chain, Packed, batches, cut, quiet, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,44 +15,6 @@ import attrim
 from attrim.errors import AttrimWarning, DataError, InputError, PlanError
 from attrim.recover import fold_bias
 from nets import Attention, Mobile, Plain, Residual, filled, image, kept_at_random
-
-
-def cut(model: nn.Module, example, kept: dict[str, list[int]]):
-    """The network that keeps the named channels of the group that each tensor's first axis belongs to."""
-    channels = attrim.trace(model, example)
-    groups = {}
-    for name, indices in kept.items():
-        (group,) = (g.id for g in channels if any(m.axis.tensor == name and m.axis.dim == 0 for m in g.members))
-        groups[group] = indices
-    plan = attrim.plan_from_kept(channels, groups)
-    return attrim.apply(model, plan), plan
-
-
-def quiet(call, *args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", AttrimWarning)
-        return call(*args, **options)
-
-
-def batches(*shape: int, count: int = 3) -> list[Tensor]:
-    return [image(*shape, seed=i, dtype=torch.float64) for i in range(count)]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-class Chain(nn.Module):
-    """conv -> f -> conv, with whatever stands behind."""
-
-    def __init__(self, last: nn.Module, *behind: nn.Module, wide: int = 6, dims: int = 2, act=F.relu) -> None:
-        super().__init__()
-        self.first = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, wide, 1)
-        self.last, self.act = last, act
-        self.behind = nn.Sequential(*behind)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.behind(self.last(self.act(self.first(x))))
 
 
 def with_constants(net: Chain, gone: list[int]) -> Chain:
@@ -159,25 +121,6 @@ def test_a_linear_layer_behind_a_flattening(free):
     given = {"example_inputs": x[:1]} if free else {"batches": batches(2, 3, 3, 3)}
     folded = quiet(fold_bias, net, small, plan, **given)
     torch.testing.assert_close(folded(x), net(x), rtol=0, atol=1e-9)
-
-
-class Packed(nn.Module):
-    """One weight for query, key and value, used whole or in parts, and one with its inputs first."""
-
-    def __init__(self, parts: bool) -> None:
-        super().__init__()
-        self.first, self.parts = nn.Linear(4, 6), parts
-        self.packed, self.bias = nn.Parameter(torch.zeros(9, 6)), nn.Parameter(torch.zeros(9))
-        self.back, self.shift = nn.Parameter(torch.zeros(6, 3)), nn.Parameter(torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).sigmoid()
-        flat = x.view(-1, x.shape[-1])
-        other = torch.addmm(self.shift, flat, self.back).view(*x.shape[:-1], -1)
-        if not self.parts:
-            return torch.cat([F.linear(x, self.packed, self.bias), other], -1)
-        pairs = zip(self.packed.chunk(3), self.bias.chunk(3), strict=True)
-        return torch.cat([*(F.linear(x, w, b) for w, b in pairs), other], -1)
 
 
 @pytest.mark.parametrize("parts", [False, True])
