@@ -7,8 +7,11 @@ from attrim.recover.fold import fold_bias
 from attrim.recover.free import free_recovery, output_gap
 from attrim.recover.recalibrate import recalibrate
 from attrim.recover.reconstruct import reconstruct
+from attrim.recover.sparse import GroupLasso, GrowingL2
 
 __all__ = [
+    "GroupLasso",
+    "GrowingL2",
     "ImageData",
     "evaluate",
     "finetune",
