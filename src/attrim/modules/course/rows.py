@@ -22,7 +22,7 @@ def output_rows(value: Tensor, use: Contraction, at: Tensor, flipped: bool) -> T
 
     Args:
         value: the contraction's output, or a tensor in its layout: ``(N, O, …)`` of a convolution, ``(R, O)`` of a
-            matrix product (``(O, R)`` if ``flipped``).
+            matrix product (``(O, R)`` if ``flipped``), or a batch of one such.
         use: the contraction.
         at: positions; of a convolution counted over samples, then over output pixels.
         flipped: whether the weight was the left factor.
@@ -32,6 +32,7 @@ def output_rows(value: Tensor, use: Contraction, at: Tensor, flipped: bool) -> T
     """
     at = at.to(value.device)
     if use.window is None:
+        value = value[0] if value.ndim == 3 else value  # a batch of one matrix product
         return (value.T if flipped else value)[at]
     flat = value.flatten(2)
     return flat[at // flat.shape[2], :, at % flat.shape[2]]
