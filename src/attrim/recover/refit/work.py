@@ -251,8 +251,13 @@ def _warn(
 def _keeps_tensors(model: nn.Module) -> bool:
     """Whether modules hold activations in attributes: passes that wait for each other would mix them up."""
     return any(
-        isinstance(value, Tensor)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name[0] != "_"
+        _holds_tensor(value) for module in model.modules() for name, value in vars(module).items() if name[0] != "_"
     )
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return any(_holds_tensor(item) for item in value)
+    return isinstance(value, Tensor)
