@@ -33,7 +33,7 @@ def reconstruct(
     samples: int | None = 1024,
     rectify: bool = True,
     ridges: tuple[float, ...] = RIDGES,
-    memory: int = 4 << 30,
+    memory: int = 8 << 30,
     widest: int = 4608,
     seed: int = 0,
     on_layer: Callable[[Refit], None] | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Norm", "Step", "affine_of", "is_addition", "is_rectifier", "step_of", "substitute", "undo_movements"]
+__all__ = ["Norm", "Step", "affine_of", "is_addition", "is_rectifier", "step_of", "undo_movements"]
 
 _BY_SHAPE = frozenset({"view", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias", "reshape"})
 _SAME = frozenset({"clone", "detach", "alias", "contiguous"})
@@ -40,29 +40,29 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One operator on the way, as it was called.
+    """One operator on the way, as it was called. Holds parameters and numbers, but not the tensor that is followed.
 
     Attributes:
         kind: ``move``, ``same``, ``norm``, ``scale`` or ``shift``.
-        func, args, kwargs: the call.
-        source: what goes in and is followed, one of ``args``.
-        shape: of ``source``.
+        func, args, kwargs: the call; None stands for the tensor that is followed.
+        slot: its place in ``args``.
+        shape: its shape.
         other: the factor or summand of ``scale`` and ``shift``.
-        in_place: whether ``source`` itself was changed.
+        in_place: whether it was changed itself.
     """
 
     kind: str
     func: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    source: Tensor
+    slot: int
     shape: torch.Size
     other: Tensor | float | None
     in_place: bool
 
     def run(self, value: Tensor) -> Tensor:
         """The same operator on another value."""
-        result = self.func(*substitute(self.args, self.source, value), **self.kwargs)
+        result = self.func(*self.args[: self.slot], value, *self.args[self.slot + 1 :], **self.kwargs)
         return result if isinstance(result, Tensor) else result[0]
 
     @property
@@ -71,11 +71,6 @@ class Step:
         _, weight, bias, mean, var, *rest = self.args
         numbers = [v for v in (*rest, *self.kwargs.values()) if isinstance(v, float)]
         return Norm(weight, bias, mean, var, float(numbers[-1]))
-
-
-def substitute(args: Sequence[Any], old: Tensor, new: Tensor) -> list[Any]:
-    """``args`` with one tensor replaced, by identity."""
-    return [new if a is old else a for a in args]
 
 
 def step_of(
@@ -107,7 +102,15 @@ def step_of(
             kind = "scale" if plain == "mul" else "shift"
     if not kind:
         return None
-    return Step(kind, func, args, kwargs, source, source.shape, other, in_place)
+    slot = next(i for i, a in enumerate(args) if a is source)
+    if any(isinstance(a, Tensor) and a is not other and _is_activation(a, constants) for a in args if a is not source):
+        return None
+    kept = (*args[:slot], None, *args[slot + 1 :])
+    return Step(kind, func, kept, kwargs, slot, source.shape, other, in_place)
+
+
+def _is_activation(tensor: Tensor, constants: set[int]) -> bool:
+    return tensor.untyped_storage().data_ptr() not in constants
 
 
 def _trains(name: str, args: Sequence[Any]) -> bool:
@@ -160,9 +163,10 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return back
 
 
-def affine_of(steps: Sequence[Step], outputs: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor] | None:
+def affine_of(
+    steps: Sequence[Step], outputs: int, device: torch.device, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor] | None:
     """Scale and shift per channel of all steps together, each of shape ``(outputs,)``; None if a size does not fit."""
-    device = steps[0].source.device if steps else torch.device("cpu")
     scale = torch.ones(outputs, dtype=dtype, device=device)
     shift = torch.zeros(outputs, dtype=dtype, device=device)
     for step in steps:

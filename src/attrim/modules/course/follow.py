@@ -82,10 +82,10 @@ class Arrival:
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of each output on the way, float64."""
-        found = affine_of(self.steps, self.unit.outputs)
+        found = affine_of(self.steps, self.unit.outputs, self.tail.device)
         if found is None:  # the survey let only affine ways through
             raise RuntimeError(f"the way behind '{self.unit.key[0]}' is not affine")
-        return found[0].to(self.tail.device), found[1].to(self.tail.device)
+        return found
 
     @property
     def norm(self) -> Norm | None:

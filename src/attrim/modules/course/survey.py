@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -61,6 +61,11 @@ class Unit:
     bias: bool
     norm: int
 
+    @property
+    def inputs(self) -> int:
+        """Columns · taps of all blocks together."""
+        return self.columns * (self.outputs // self.block_outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class Course:
@@ -97,7 +102,10 @@ class Course:
 
 @dataclass(slots=True, eq=False)
 class _Trail:
-    """A contraction and what was seen to follow it."""
+    """A contraction and what was seen to follow it; holds no activation, a survey costs no more memory than a pass.
+
+    What follows are the tensors "0" (its output), "1" (after the first step), and so on; the last may be the sum.
+    """
 
     use: Contraction
     flipped: bool
@@ -106,10 +114,10 @@ class _Trail:
     before: Tensor
     order: int
     clocks: list[int] = field(default_factory=list)
-    tails: list[Tensor] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     joined: int = -1
+    total: int = -1
     relu_after: dict[int, bool] = field(default_factory=dict)
     sum_uses: list[tuple[bool, bool]] = field(default_factory=list)
     checked: list[bool] = field(default_factory=list)
@@ -139,8 +147,6 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         weights = {n: named.tensors[n] for n in named.parameters if named.tensors[n].ndim > 1}
         super().__init__(weights, self._note)
         self._constants = {t.untyped_storage().data_ptr() for t in named.tensors.values()}
-        self._parameters = {t.data_ptr() for n, t in named.tensors.items() if n in named.parameters}
-        self._names = {t.untyped_storage().data_ptr(): n for n, t in named.tensors.items()}
         self._uses: dict[int, int] = {}
         self._seen: list[Contraction] = []
         self._trails: list[_Trail] = []
@@ -165,7 +171,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         value = result[0] if isinstance(result, tuple | list) and result else result
         if isinstance(value, Tensor):
             self._advance(followed, func, args, kwargs, value)
-            self._track(value)
+            self._track(value, bool(followed))
             for use in self._seen:
                 self._begin(use, func.overloadpacket.__name__, args, value)
         return result
@@ -179,7 +185,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self._constants:
                     self._uses[tensor.data_ptr()] = self._uses.get(tensor.data_ptr(), 0) + 1
 
-    def _followed(self, func: Any, args: tuple[Any, ...]) -> list[tuple[_Trail, int]]:
+    def _followed(self, func: Any, args: tuple[Any, ...]) -> list[tuple[_Trail, int, Tensor]]:
         """Trails whose last tensor is an input of the call; each gets one use more."""
         found = []
         for value in args:
@@ -189,62 +195,69 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
                 if id(tensor) in self._tail_of:
                     trail, index = self._tail_of[id(tensor)]
                     trail.counts[index] += 1
-                    found.append((trail, index))
+                    found.append((trail, index, tensor))
                 for trail in self._sum_of.get(id(tensor), ()):
                     in_place = func.overloadpacket.__name__.endswith("_")
                     trail.sum_uses.append((is_rectifier(func, args), in_place))
         return found
 
     def _advance(
-        self, followed: list[tuple[_Trail, int]], func: Any, args: tuple[Any, ...], kwargs: Any, value: Tensor
+        self, followed: list[tuple[_Trail, int, Tensor]], func: Any, args: tuple[Any, ...], kwargs: Any, value: Tensor
     ) -> None:
         name = func.overloadpacket.__name__
-        for trail, index in followed:
-            if index != len(trail.tails) - 1 or trail.counts[index] > 1 or trail.joined >= 0:
+        for trail, index, tail in followed:
+            if index != len(trail.counts) - 1 or trail.counts[index] > 1 or trail.joined >= 0:
                 continue
             if is_rectifier(func, args):
                 trail.relu_after[index] = name.endswith("_")
                 continue
-            tail = trail.tails[index]
             step = step_of(func, args, kwargs, tail, self._constants)
             if step is not None:
                 self._append(trail, step, value)
             elif is_addition(func, args, kwargs):
-                trail.joined = index
+                trail.joined, trail.total = index, self._clock
                 self._tail_of.pop(id(value), None)  # an in-place sum is no longer the branch
-                self._sum_of.setdefault(id(value), []).append(trail)
-                self._extend(trail, value)
+                if id(value) not in self._sum_of:
+                    self._sum_of[id(value)] = []
+                    weakref.finalize(value, self._sum_of.pop, id(value), None)
+                self._sum_of[id(value)].append(trail)
+                self._extend(trail)
 
     def _append(self, trail: _Trail, step: Step, value: Tensor) -> None:
         trail.steps.append(step)
-        self._extend(trail, value)
+        self._extend(trail)
         trail.checked.append(self._is_affine(trail, value))
-        self._tail_of[id(value)] = (trail, len(trail.tails) - 1)
+        self._follow(trail, value)
 
-    def _extend(self, trail: _Trail, value: Tensor) -> None:
-        trail.tails.append(value)
+    def _follow(self, trail: _Trail, value: Tensor) -> None:
+        """Know ``value`` when it is used; an entry goes with its tensor, whose number may then be given anew."""
+        if id(value) not in self._tail_of:
+            weakref.finalize(value, self._tail_of.pop, id(value), None)
+        self._tail_of[id(value)] = (trail, len(trail.counts) - 1)
+
+    def _extend(self, trail: _Trail) -> None:
         trail.counts.append(0)
         trail.clocks.append(self._clock)
 
     def _is_affine(self, trail: _Trail, value: Tensor) -> bool:
         """Whether the steps so far are what they seem, in numbers."""
-        affine = affine_of(trail.steps, trail.before.shape[1])
+        affine = affine_of(trail.steps, trail.before.shape[1], trail.before.device)
         if affine is None:
             return False
         try:
             found = output_rows(undo_movements(value, trail.steps), trail.use, trail.at, trail.flipped).double()
         except RuntimeError:
             return False
-        expected = trail.before * affine[0].to(found.device) + affine[1].to(found.device)
+        expected = trail.before * affine[0] + affine[1]
         scale = expected.abs().amax().clamp_min(1e-12)
         return bool(((found - expected).abs().amax() / scale) < 1e-3)
 
-    def _track(self, value: Tensor) -> None:
+    def _track(self, value: Tensor, followed: bool) -> None:
         """Bytes of activations that Python still holds."""
         if value.untyped_storage().data_ptr() not in self._constants:
             storage = value.untyped_storage()
             self._alive[id(value)] = (weakref.ref(value), storage.data_ptr())
-        if self._seen:
+        if self._seen or followed:
             alive: dict[int, int] = {}
             for key, (ref, address) in list(self._alive.items()):
                 tensor = ref()
@@ -262,10 +275,14 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             before = torch.zeros(0, 0)
         else:
             before = output_rows(value, use, at, flipped).double()
-        trail = _Trail(use, flipped, bias_of(args, name), at, before, len(self._trails))
-        self._extend(trail, value)
+        bias = bias_of(args, name)
+        if bias is not None and bias.untyped_storage().data_ptr() not in self._constants:
+            bias = None
+        light = replace(use, inputs=torch.empty(use.inputs.shape, device="meta"))
+        trail = _Trail(light, flipped, bias, at, before, len(self._trails))
+        self._extend(trail)
         self._trails.append(trail)
-        self._tail_of[id(value)] = (trail, 0)
+        self._follow(trail, value)
 
     def course(self, cut: Mapping[str, Collection[int]]) -> Course:
         """What was seen.
@@ -318,9 +335,8 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             length += 1
         join = length == len(trail.steps) == trail.joined and trail.counts[length] == 1
         if join:
-            total = id(trail.tails[-1])
-            join = total not in claimed
-            claimed.add(total)
+            join = trail.total not in claimed
+            claimed.add(trail.total)
         if join:
             first = trail.sum_uses[0] if trail.sum_uses else (False, False)
             rectified = first[0] and (first[1] or len(trail.sum_uses) == 1)

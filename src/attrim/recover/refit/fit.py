@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -84,14 +84,18 @@ def fit(problem: Problem) -> Change | None:
     if sums.rows < 1 or before <= 1e-12 * whole:
         return None
     best: tuple[float, Tensor, Tensor, float] | None = None
+    # A rectified problem is also begun at the plain solution: its rounds go slowly, and from there none is lost.
+    starts = (problem, replace(problem, rectified=False)) if problem.rectified else (problem,)
     for ridge in problem.ridges:
-        found = _sweep(problem, seen, sums, ridge)
-        if found is None:
-            continue
-        error = unseen.error(problem, unseen.base + _apply(unseen.inputs, *found))[0]
-        if error < before and (best is None or error < best[0]):
-            best = (error, *found, ridge)
-        elif best is not None:
+        better = False
+        for start in starts:
+            found = _sweep(start, seen, sums, ridge)
+            if found is None:
+                continue
+            error = unseen.error(problem, unseen.base + _apply(unseen.inputs, *found))[0]
+            if error < before and (best is None or error < best[0]):
+                best, better = (error, *found, ridge), True
+        if best is not None and not better:
             break  # the error has one minimum over the ridges
     if best is None:
         return None
@@ -167,7 +171,7 @@ class _Sums:
         ]
         self.levels = [gram.diagonal(dim1=1, dim2=2).mean(1) for gram in self.grams]
         self._factors: dict[tuple[int, float], Tensor | None] = {}
-        self._first: dict[int, tuple[Tensor, Tensor]] = {}
+        self._first: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def factor(self, number: int, ridge: float) -> Tensor | None:
         """Cholesky factor of the damped matrix of a block of columns; None if it is singular."""
@@ -178,17 +182,19 @@ class _Sums:
             self._factors[number, ridge] = None if bool(failed.any()) else factor
         return self._factors[number, ridge]
 
-    def cross(self, inputs: Tensor, missing: Tensor, number: int, fresh: bool) -> tuple[Tensor, Tensor]:
+    def cross(
+        self, inputs: Tensor, missing: Tensor, number: int, kept: tuple[int, bool] | None
+    ) -> tuple[Tensor, Tensor]:
         """Mean products of a block of columns with what is missing, and the mean of that; kept for a fresh start."""
-        if fresh and number in self._first:
-            return self._first[number]
+        if kept is not None and kept in self._first:
+            return self._first[kept]
         missing = missing.reshape(len(missing), inputs.shape[1], -1)
         cross, first = _product(inputs, missing), _total(missing)
         all_sum(cross, first)
         cross, first = cross / self.rows, first / self.rows
         cross = cross - self.means[number][:, :, None] * first[:, None, :]
-        if fresh:
-            self._first[number] = cross, first
+        if kept is not None:
+            self._first[kept] = cross, first
         return cross, first
 
 
@@ -212,7 +218,8 @@ def _sweep(
         fresh = start is None and number == 0
         if number:
             now = seen.base + _apply(seen.inputs, weight, bias)
-        cross, first = sums.cross(seen.inputs[:, :, a:b], wanted - now, number, fresh)
+        kept = (number, problem.rectified) if fresh else None
+        cross, first = sums.cross(seen.inputs[:, :, a:b], wanted - now, number, kept)
         # The ridge pulls the whole change towards zero, not only this round's share of it.
         cross = cross - (ridge * sums.levels[number])[:, None, None] * weight[:, :, a:b].mT
         change = torch.cholesky_solve(cross, factor).mT

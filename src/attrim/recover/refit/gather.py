@@ -33,7 +33,7 @@ class Settings:
     ridges: tuple[float, ...] = RIDGES
     rectify: bool = True
     widest: int = 4608
-    memory: int = 4 << 30
+    memory: int = 8 << 30
     seed: int = 0
 
 
@@ -62,7 +62,7 @@ class Sampling:
         like_layer = total * unit.block_outputs // max(1, unit.columns)
         wanted = max(_FEWEST, min(_MOST * unit.columns, max(_LEAST * unit.columns, 4 * like_layer)))
         width = 4 * (unit.columns * (unit.outputs // unit.block_outputs) + 3 * unit.outputs)
-        return max(64, min(wanted, total, max(self.memory, 1 << 28) // (4 * width)))
+        return max(64, min(wanted, total, max(self.memory, 1 << 29) // (8 * width)))
 
     def at(self, ordinal: int, batch: int, rows: int, total: int) -> Tensor:
         """The positions of one batch, of ``total`` that there are."""

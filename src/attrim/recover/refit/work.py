@@ -73,6 +73,8 @@ class Work:
         courses = [_survey(model, held[0], cut) for model in (dense, small)]
         pairs, refused = match(courses[0].units, courses[1].units)
         _warn(courses[0], cut, {**courses[1].refused, **refused}, pairs)
+        if not courses[0].left_out(cut) and not refused and _only_cut(dense, small, plan):
+            pairs = _touched(pairs)
         if layers == "consumers":
             pairs = {key: pair for key, pair in pairs.items() if pair[0].dim in cut.get(key[0], ())}
         sampling = Sampling(tuple(b.size for b in held), settings.seed, settings.memory)
@@ -221,6 +223,19 @@ def _through(site: Site, read: Tensor) -> Tensor:
     if site.bias is not None:
         value = value + site.bias.flatten()
     return value * site.scale.to(value.dtype) + site.shift.to(value.dtype)
+
+
+def _only_cut(dense: nn.Module, small: nn.Module, plan: PruningPlan) -> bool:
+    """Whether nothing was changed since the cut, as far as the tensors that were not cut tell."""
+    after = named_tensors(small).tensors
+    return all(name in plan.cuts or torch.equal(t, after[name]) for name, t in named_tensors(dense).tensors.items())
+
+
+def _touched(pairs: Mapping[Key, tuple[Unit, Unit]]) -> dict[Key, tuple[Unit, Unit]]:
+    """The units from the first one on that reads fewer channels; before it the networks compute the same."""
+    keys = list(pairs)
+    first = next((i for i, key in enumerate(keys) if pairs[key][0].inputs != pairs[key][1].inputs), len(keys))
+    return {key: pairs[key] for key in keys[first:]}
 
 
 def _survey(model: nn.Module, batch: Batch, cut: Mapping[str, tuple[int, ...]]) -> Course:
