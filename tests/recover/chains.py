@@ -15,7 +15,7 @@ from attrim import PruningPlan
 from attrim.errors import AttrimWarning
 from nets import filled, image
 
-__all__ = ["Chain", "Packed", "batches", "copies", "cut", "cut_pairs", "quiet", "same"]
+__all__ = ["Chain", "Packed", "batches", "calibrated", "copies", "cut", "cut_pairs", "pictures", "quiet", "same"]
 
 
 class Chain(nn.Module):
@@ -91,3 +91,25 @@ def batches(*shape: int, count: int = 3) -> list[Tensor]:
 def same(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks have the same tensors, bit for bit."""
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def pictures(count: int = 16, seed: int = 0, size: int = 8) -> Tensor:
+    """Smooth noise: neighbouring pixels have much in common, and so have the channels that read them."""
+    return F.interpolate(image(count, 3, 3, 3, seed=seed), size=(size, size), mode="bilinear")
+
+
+@torch.no_grad()
+def calibrated(net: Any, seed: int = 0) -> Any:
+    """Random weights as torch sets them, and the batch-norm statistics of pictures."""
+    torch.manual_seed(seed)
+    norms = []
+    for module in net.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        if hasattr(module, "running_var"):
+            module.momentum = 1.0
+            norms.append(module)
+    net.train()(pictures(64, 100))
+    for norm in norms:
+        norm.momentum = 0.1
+    return net.eval()
