@@ -472,3 +472,31 @@ def test_errors_at_the_door():
     ):
         with pytest.raises(InputError, match=rf"{name}: expected"):
             reconstruct(net, small, plan, data, **{name: value})
+
+
+class Added(Tokens):
+    """The bias is added by an operator of its own, behind a change of layout; a batch norm may follow."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__(nn.Linear(6, 3))
+        self.norm = nn.BatchNorm1d(3) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.first(x).relu() @ self.last.weight.T + self.last.bias).transpose(1, 2)
+        return self.norm(y)
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_bias_that_is_added_afterwards_takes_the_constant(norm, sequence):
+    """The best fit with a constant, by another route."""
+    net = filled(Added(norm).double())
+    data = batches(40, 7, 4, count=4)
+    small, plan = cut(net, data[0], {"first.weight": [0, 1, 4]})
+    fitted = quiet(reconstruct, net, small, plan, data, sequence=sequence, **EXACT)
+    rows = torch.cat([small.first(x).relu() for x in data]).flatten(0, 1)
+    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+    target = torch.cat([net(x).transpose(1, 2).flatten(0, 1) for x in data])
+    best = rows @ torch.linalg.lstsq(rows, target).solution
+    found = torch.cat([fitted(x).transpose(1, 2).flatten(0, 1) for x in data])
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-7)

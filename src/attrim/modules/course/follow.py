@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attrim.modules.course.chain import Norm, Step, affine_of, is_addition, step_of, undo_movements
@@ -26,7 +27,7 @@ class Site:
         weight: ``(blocks, rows, columns, taps)``, a view.
         bias: of the contraction, or None.
         norm: the batch norm that can take up a bias, or None.
-        scale, shift: what the way to the comparison does to each output, float64, shape ``(outputs,)``.
+        scale, shift: what the way from the bias to the comparison does to each output, float64, ``(outputs,)``.
     """
 
     unit: Unit
@@ -44,10 +45,11 @@ class Arrival:
     Attributes:
         unit: which one.
         use: the contraction, with its inputs and a view of the weight that can be written to.
-        bias: the bias that the contraction added.
+        bias: the bias that the contraction or the first map behind it adds.
         tail: its output there, before a sum with another branch.
         other: the other branch, or None.
         steps: what lies between.
+        bias_step: the step that adds the bias, or -1.
     """
 
     unit: Unit
@@ -58,6 +60,7 @@ class Arrival:
     tail: Tensor
     steps: list[Step] = field(default_factory=list)
     other: Tensor | None = None
+    bias_step: int = -1
 
     def inputs(self, at: Tensor) -> Tensor:
         """What the positions ``at`` read: ``(len(at), blocks, columns, taps)``."""
@@ -81,8 +84,9 @@ class Arrival:
         return len(self.use.inputs) * self.use.outputs
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift of each output on the way, float64."""
-        found = affine_of(self.steps, self.unit.outputs, self.tail.device)
+        """Scale and shift of each output on the way behind the bias, float64."""
+        steps = [step for i, step in enumerate(self.steps) if i != self.bias_step]
+        found = affine_of(steps, self.unit.outputs, self.tail.device)
         if found is None:  # the survey let only affine ways through
             raise RuntimeError(f"the way behind '{self.unit.key[0]}' is not affine")
         return found
@@ -137,6 +141,8 @@ class Follow(ContractionWatch):  # type: ignore[no-untyped-call]
             if len(trail.steps) < trail.unit.steps:
                 step = step_of(func, args, kwargs, source, self._constants)
                 if step is not None:
+                    if step.kind == "shift" and trail.bias is None and trail.unit.bias:
+                        trail.bias, trail.bias_step = torch.as_tensor(step.other), len(trail.steps)
                     trail.steps.append(step)
                     trail.tail = value
                     self._go_on(trail)
@@ -144,6 +150,8 @@ class Follow(ContractionWatch):  # type: ignore[no-untyped-call]
             unit = self._units.get((use.tensor, use.offset))
             if unit is not None:
                 bias = bias_of(args, func.overloadpacket.__name__)
+                if bias is not None and bias.untyped_storage().data_ptr() not in self._constants:
+                    bias = None  # the other branch of a sum
                 self._go_on(Arrival(unit, use, func, args, bias, value))
         return result
 

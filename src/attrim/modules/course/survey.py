@@ -43,7 +43,7 @@ class Unit:
         block_outputs: rows of one block.
         columns: columns · taps of one block: unknowns of one output.
         places: output positions per batch of the survey.
-        bias: whether the contraction has a bias that nothing else uses.
+        bias: whether the contraction has a bias that nothing else uses, or the first thing that follows adds one.
         norm: number of the step that is a batch norm that can take up a bias, or -1.
     """
 
@@ -113,6 +113,9 @@ class _Trail:
     at: Tensor
     before: Tensor
     order: int
+    plain: bool
+    source: weakref.ref[Tensor]
+    version: int
     clocks: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -137,6 +140,11 @@ def bias_of(args: Sequence[Any], name: str) -> Tensor | None:
         found: Tensor | None = args[2]
         return found
     return args[0] if name == "addmm" else None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
@@ -173,7 +181,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             self._advance(followed, func, args, kwargs, value)
             self._track(value, bool(followed))
             for use in self._seen:
-                self._begin(use, func.overloadpacket.__name__, args, value)
+                self._begin(use, func.overloadpacket.__name__, args, kwargs, value)
         return result
 
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -195,7 +203,9 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
                 if id(tensor) in self._tail_of:
                     trail, index = self._tail_of[id(tensor)]
                     trail.counts[index] += 1
-                    found.append((trail, index, tensor))
+                    read = trail.source()
+                    if read is None or _version(read) == trail.version:  # a fit at this point would read other inputs
+                        found.append((trail, index, tensor))
                 for trail in self._sum_of.get(id(tensor), ()):
                     in_place = func.overloadpacket.__name__.endswith("_")
                     trail.sum_uses.append((is_rectifier(func, args), in_place))
@@ -267,7 +277,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
                     alive[address] = tensor.untyped_storage().nbytes()
             self.live = max(self.live, sum(alive.values()))
 
-    def _begin(self, use: Contraction, name: str, args: tuple[Any, ...], value: Tensor) -> None:
+    def _begin(self, use: Contraction, name: str, args: tuple[Any, ...], kwargs: Any, value: Tensor) -> None:
         flipped = is_flipped(use, args, name)
         total = len(use.inputs) * use.outputs
         at = places(total, 64, 0)
@@ -279,7 +289,10 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         if bias is not None and bias.untyped_storage().data_ptr() not in self._constants:
             bias = None
         light = replace(use, inputs=torch.empty(use.inputs.shape, device="meta"))
-        trail = _Trail(light, flipped, bias, at, before, len(self._trails))
+        plain = all(factor == 1 for factor in kwargs.values())  # beta and alpha of ``addmm``
+        read = args[(name == "addmm") + flipped]
+        read = read if read._base is None else read._base
+        trail = _Trail(light, flipped, bias, at, before, len(self._trails), plain, weakref.ref(read), _version(read))
         self._extend(trail)
         self._trails.append(trail)
         self._follow(trail, value)
@@ -327,7 +340,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             return f"runs {calls} times in a forward pass; a fit for one call would change the others"
         if self._uses.get(trail.use.weight.data_ptr(), 0) > 1:
             return "its weight is used elsewhere too"
-        return ""
+        return "" if trail.plain else "its product is multiplied by a factor in the same call"
 
     def _unit(self, trail: _Trail, key: Key, claimed: set[int]) -> tuple[int, Unit]:
         length = 0
@@ -344,7 +357,12 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             rectified = length in trail.relu_after and (trail.counts[length] == 1 or trail.relu_after[length])
         blocks, rows, columns, taps = trail.use.weight.shape
         bias = trail.bias
-        norm = next((i for i, s in enumerate(trail.steps[:length]) if s.kind not in ("move", "same")), -1)
+        maps = [i for i, step in enumerate(trail.steps[:length]) if step.kind not in ("move", "same")]
+        if bias is None and maps and trail.steps[maps[0]].kind == "shift":
+            added = trail.steps[maps.pop(0)].other
+            bias = added if isinstance(added, Tensor) and self._alone(added, blocks * rows) else None
+            maps = [] if bias is None else maps
+        norm = maps[0] if maps else -1
         return trail.clocks[length + join], Unit(
             key=key,
             offset=trail.use.offset,
