@@ -76,7 +76,7 @@ def prune_rounds(
         resume: go on after the last finished round in ``folder``, to the same result (on the same machine and number of
             threads, with data that begin anew in every pass); begin if there is none.
         seed: of what is random in the rounds; the caller's random states are as before afterwards.
-        on_round: called with the number of each round (from 1) and what it gave.
+        on_round: called after each round, when it is kept, with its number (from 1) and what it gave.
         options: of the criterion.
 
     Returns:
@@ -137,9 +137,9 @@ class _Run:
                 steps = [{"round": number, **step} for step in result.steps if number == 1 or step["step"] != "dense"]
                 network = result.model
                 plan = result.plan if plan is None else plan.then(result.plan)
-                if on_round is not None:
-                    on_round(number, result)
             store.add(network, cast(PruningPlan, plan), steps)  # the first round is never left out
+            if on_round is not None and result is not None:
+                on_round(number, result)
             finished = [*finished, steps]
         return network, cast(PruningPlan, plan), finished
 
