@@ -76,7 +76,7 @@ def test_the_test_split_is_not_read_before_it_is_asked_for(tmp_path, monkeypatch
     read: list[int] = []
     monkeypatch.setattr(
         "attrim.recover.data.decode",
-        lambda pictures, _: read.append(len(list(pictures))) or torch.zeros((read[-1], 3, 8, 8), dtype=torch.uint8),
+        lambda pictures, *_: read.append(len(list(pictures))) or torch.zeros((read[-1], 3, 8, 8), dtype=torch.uint8),
     )
     data = plain(tmp_path / "d")
     data.batches("train"), data.batches("train", augment=True), data.batches("holdout")

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ __all__ = ["Rows", "Source", "open_source"]
 
 HOLDOUT_ROWS = 5000
 HOLDOUT_SHARE = 0.1
+
+_AT_ONCE = 256
+"""Images that are decoded together."""
 
 _IMAGE_NAMES = ("image", "img", "images", "pixel_values", "picture")
 _LABEL_NAMES = ("label", "labels", "target", "targets", "class", "y", "fine_label")
@@ -42,27 +45,67 @@ class Rows:
         table: a ``datasets.Dataset``.
         image: its image column.
         labels: shape ``(N,)``; class indices.
+        numbers: shape ``(N,)``; which row of the source each is, from 0.
+        origin: the source and its split, for messages.
     """
 
     table: Any
     image: str
     labels: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    origin: str
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def picture(self, index: int) -> Any:
-        """The decoded image (``PIL.Image``) of a row."""
-        return self.table[index][self.image]
+        """The decoded image (``PIL.Image``) of a row.
+
+        Raises:
+            DataError: it cannot be decoded; the row is named.
+        """
+        try:
+            return self._there(self.table[index][self.image], index)
+        except DataError:
+            raise
+        except Exception as error:  # decoders raise many kinds
+            raise self._unreadable(index, error) from error
 
     def pictures(self) -> Iterator[Any]:
-        """All decoded images in order."""
-        for row in self.table.select_columns([self.image]):
-            yield row[self.image]
+        """All decoded images in order.
+
+        Raises:
+            DataError: as :meth:`picture`.
+        """
+        rows = iter(self.table)
+        for index in range(len(self)):
+            try:
+                picture = next(rows)[self.image]
+            except Exception as error:  # decoders raise many kinds
+                raise self._unreadable(index, error) from error
+            yield self._there(picture, index)
 
     def part(self, begin: int, end: int) -> Rows:
         """The rows from ``begin`` up to ``end``."""
-        return Rows(self.table.select(range(begin, end)), self.image, self.labels[begin:end])
+        return self.pick(np.arange(begin, end))
+
+    def pick(self, order: npt.NDArray[np.int64]) -> Rows:
+        """The rows of these indices, in their order."""
+        return replace(self, table=self.table.select(order), labels=self.labels[order], numbers=self.numbers[order])
+
+    def _there(self, picture: Any, index: int) -> Any:
+        if picture is None:
+            raise DataError(f"{self._row(index)} has no image. Remove the row, or put an image there.")
+        return picture
+
+    def _unreadable(self, index: int, error: Exception) -> DataError:
+        return DataError(
+            f"{self._row(index)} has an image that cannot be decoded: {type(error).__name__}: {_first_line(error)}. "
+            "Mend or remove it."
+        )
+
+    def _row(self, index: int) -> str:
+        return f"row {int(self.numbers[index])} (counted from 0) of {self.origin}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,11 +170,27 @@ def _split(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def _mix(rows: Rows) -> Rows:
-    """Rows that come sorted by class are shuffled once, the same way every time: a prefix would hold one class."""
-    if len(rows) < 3 or (np.diff(rows.labels) < 0).any():
-        return rows
-    order = np.random.default_rng(0).permutation(len(rows))
-    return Rows(rows.table.select(order), rows.image, rows.labels[order])
+    """Rows that come class by class are shuffled once, the same way everywhere: a prefix would hold a few classes."""
+    return rows.pick(_shuffled(len(rows))) if _clumped(rows.labels) else rows
+
+
+def _clumped(labels: npt.NDArray[np.int64]) -> bool:
+    """Whether neighbours share a class far more often than in a random order, or classes only rise or only fall."""
+    if len(labels) < 3 or (labels == labels[0]).all():
+        return False
+    steps = np.diff(labels)
+    if (steps >= 0).all() or (steps <= 0).all():
+        return True
+    by_chance = float(((np.bincount(labels) / len(labels)) ** 2).sum())
+    return len(labels) >= 100 and float((steps == 0).mean()) > (1 + by_chance) / 2
+
+
+def _shuffled(count: int) -> npt.NDArray[np.int64]:
+    """A fixed order of ``count`` rows by integer arithmetic alone (splitmix64): no library may change it."""
+    value = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(value ^ (value >> np.uint64(31)), kind="stable").astype(np.int64)
 
 
 def _load(name: str) -> Mapping[str, Any]:
@@ -218,7 +277,7 @@ def _read_columns(name: str, split: str, table: Any, classes: tuple[str, ...] | 
         raise DataError(f"'{name}' ({split}): found the label {values.min()}; expected class indices from 0.")
     labels = values.astype(np.int64)
     names = names or classes or [str(i) for i in range(int(labels.max()) + 1)]
-    return Rows(table, image, labels), tuple(str(n) for n in names)
+    return Rows(table, image, labels, np.arange(len(labels)), f"'{name}' ({split})"), tuple(str(n) for n in names)
 
 
 def _column(features: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> str | None:

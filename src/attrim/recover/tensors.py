@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrim.errors import DataError
+from attrim.recover.pictures import in_channels
 
 __all__ = ["TensorBatches", "crop_and_flip", "decode"]
 
@@ -27,7 +28,10 @@ class TensorBatches:
         crop: pixels of padding before a random crop, 0 for none.
         flip: whether half of the images are mirrored left to right.
         shuffle: whether the order changes with each epoch.
-        seed: of order, crops and flips.
+        seed: of order, crops, flips and ``change``.
+        change: what else is done to the bytes, after cropping and flipping, such as :meth:`RandAugment.batch
+            <attrim.recover.transforms.RandAugment.batch>`: takes uint8 ``(B, C, H, W)`` and a generator, returns the
+            same shape.
 
     Yields:
         float32 images ``(B, C, h, w)`` and int64 labels ``(B,)``.
@@ -50,6 +54,7 @@ class TensorBatches:
         flip: bool = False,
         shuffle: bool = False,
         seed: int = 0,
+        change: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
             raise DataError(
@@ -59,6 +64,7 @@ class TensorBatches:
         self.images, self.labels = images, labels
         self.batch_size, self.size = batch_size, size
         self.crop, self.flip, self.shuffle, self.seed, self.epoch = crop, flip, shuffle, seed, 0
+        self.change = change
         self._scale, self._shift = _affine(mean, std, images.shape[1])
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,7 +76,9 @@ class TensorBatches:
         return whole if self.shuffle and whole else -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return self._pass(torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+
+    def _pass(self, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.labels)
         order = torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)
         for chosen in torch.split(order, self.batch_size)[: len(self)]:
@@ -79,6 +87,8 @@ class TensorBatches:
     def _prepare(self, images: Tensor, random: torch.Generator) -> Tensor:
         if self.crop or self.flip:
             images = crop_and_flip(images, self.crop, self.flip, random)
+        if self.change is not None:
+            images = self.change(images, random)
         pixels = images.float()
         if self.size is not None and self.size != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
@@ -102,33 +112,33 @@ def crop_and_flip(images: Tensor, pad: int, flip: bool, random: torch.Generator)
     """
     count, _, height, width = images.shape
     top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=random)
-    rows = top[:, None] + torch.arange(height)
-    columns = left[:, None] + torch.arange(width)
+    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    chosen = windows[torch.arange(count), :, top, left]
     if flip:
         mirrored = torch.rand(count, generator=random) < 0.5
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    padded = F.pad(images, (pad, pad, pad, pad))
-    chosen = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return chosen.permute(0, 3, 1, 2).contiguous()
+        chosen = torch.where(mirrored[:, None, None, None], chosen.flip(3), chosen)
+    return chosen
 
 
-def decode(pictures: Iterable[Any], channels: int) -> Tensor:
-    """PIL images as one tensor; those of another size than the first are resized to it.
+def decode(pictures: Iterable[Any], channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """PIL images as one tensor.
 
     Args:
-        pictures: ``PIL.Image`` objects.
+        pictures: ``PIL.Image`` objects of any mode.
         channels: 1 (grey) or 3 (RGB).
+        size: ``(width, height)``; images of another size are resized. None takes the size of the first.
 
     Returns:
         uint8, shape ``(N, channels, H, W)``.
+
+    Raises:
+        DataError: there is no image.
     """
-    mode = "L" if channels == 1 else "RGB"
     arrays = []
-    size: tuple[int, int] | None = None
     for picture in pictures:
         size = size or picture.size
-        fitting = picture if picture.size == size else picture.resize(size)
-        arrays.append(np.asarray(fitting.convert(mode)))
+        plain = in_channels(picture, channels)
+        arrays.append(np.asarray(plain if plain.size == size else plain.resize(size)))
     if not arrays:
         raise DataError("expected at least one image, found none.")
     stacked = torch.from_numpy(np.stack(arrays))
