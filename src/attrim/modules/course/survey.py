@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,90 +14,17 @@ from torch import Tensor, nn
 from attrim.modules.course.chain import Step, affine_of, is_addition, is_rectifier, step_of, undo_movements
 from attrim.modules.course.contractions import Contraction, ContractionWatch
 from attrim.modules.course.rows import output_rows, places
+from attrim.modules.course.units import Course, Key, Unit
 from attrim.modules.names import named_tensors
 
 __all__ = ["Course", "Key", "Survey", "Unit", "bias_of", "is_flipped"]
-
-Key: TypeAlias = tuple[str, int]
-"""A weight and the number of its part: packed projections use one part a call."""
 
 _VIEWS = frozenset(
     {"t", "view", "_unsafe_view", "transpose", "permute", "detach", "slice", "split", "split_with_sizes"}
 )
 _VIEWS |= frozenset({"chunk", "unbind", "select", "alias", "reshape", "unsqueeze", "squeeze", "expand"})
 
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A contraction whose weight can be fitted, and where its output is compared.
-
-    Attributes:
-        key: the weight and its part.
-        offset: where in the weight's storage the part begins.
-        dim: the dimension of the weight that is contracted.
-        steps: number of operators (movements, affine maps) between the contraction and the comparison.
-        join: whether the comparison takes place behind a sum with another branch.
-        rectified: whether a ReLU follows at once, so that values below zero need not be met.
-        flipped: whether the weight is the left factor of a matrix product.
-        outputs: rows of the weight over all blocks.
-        block_outputs: rows of one block.
-        columns: columns · taps of one block: unknowns of one output.
-        places: output positions per batch of the survey.
-        bias: whether the contraction has a bias that nothing else uses, or the first thing that follows adds one.
-        norm: number of the step that is a batch norm that can take up a bias, or -1.
-    """
-
-    key: Key
-    offset: int
-    dim: int
-    steps: int
-    join: bool
-    rectified: bool
-    flipped: bool
-    outputs: int
-    block_outputs: int
-    columns: int
-    places: int
-    bias: bool
-    norm: int
-
-    @property
-    def inputs(self) -> int:
-        """Columns · taps of all blocks together."""
-        return self.columns * (self.outputs // self.block_outputs)
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """What a survey found.
-
-    Attributes:
-        units: in the order in which their outputs are compared.
-        refused: weight -> why it cannot be fitted.
-        contracted: weight -> its dimensions that were contracted, of those that can and those that cannot be fitted.
-        live: most bytes of activations that were alive at a comparison.
-    """
-
-    units: tuple[Unit, ...]
-    refused: Mapping[str, str]
-    contracted: Mapping[str, frozenset[int]]
-    live: int
-
-    def left_out(self, cut: Mapping[str, Collection[int]]) -> dict[str, str]:
-        """Weights whose inputs were cut and that are no unit, with the reason.
-
-        Args:
-            cut: weight -> its dimensions that are cut.
-        """
-        units = {unit.key[0] for unit in self.units}
-        left = {}
-        for name, dims in cut.items():
-            if name in self.contracted:
-                if name not in units and self.contracted[name] & set(dims):
-                    left[name] = self.refused[name]
-            elif any(d != 0 for d in dims):  # most weights have their outputs first
-                left[name] = "no convolution or matrix product was seen with it"
-        return left
+_SUMS = frozenset({"add", "add_", "sub", "cat"})
 
 
 @dataclass(slots=True, eq=False)
@@ -156,6 +83,8 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         super().__init__(weights, self._note)
         self._constants = {t.untyped_storage().data_ptr() for t in named.tensors.values()}
         self._uses: dict[int, int] = {}
+        self._weights = {t.untyped_storage().data_ptr(): n for n, t in weights.items()}
+        self._users: dict[str, set[str]] = {}
         self._seen: list[Contraction] = []
         self._trails: list[_Trail] = []
         self._tail_of: dict[int, tuple[_Trail, int]] = {}
@@ -192,6 +121,8 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self._constants:
                     self._uses[tensor.data_ptr()] = self._uses.get(tensor.data_ptr(), 0) + 1
+                    weight = self._weights.get(tensor.untyped_storage().data_ptr(), "")
+                    self._users.setdefault(weight, set()).add(func.overloadpacket.__name__)
 
     def _followed(self, func: Any, args: tuple[Any, ...]) -> list[tuple[_Trail, int, Tensor]]:
         """Trails whose last tensor is an input of the call; each gets one use more."""
@@ -323,7 +254,8 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         dims: dict[str, frozenset[int]] = {}
         for trail in self._trails:
             dims[trail.use.tensor] = dims.get(trail.use.tensor, frozenset()) | {trail.use.dim}
-        return Course(tuple(unit for _, unit in found), refused, dims, self.live)
+        added = frozenset(name for name, users in self._users.items() if users <= _SUMS)
+        return Course(tuple(unit for _, unit in found), refused, dims, added, self.live)
 
     def _keys(self) -> list[Key]:
         parts: dict[str, dict[int, int]] = {}
