@@ -440,3 +440,14 @@ def test_errors_at_the_door():
         fold_bias(net, small, plan, example_inputs="image")
     with pytest.raises(DataError, match=r"the model failed on a batch"):
         fold_bias(net, small, plan, [torch.zeros(1, 4, 8, 8)])
+
+
+def test_in_inference_mode():
+    net = filled(Plain())
+    plan = kept_at_random(attrim.trace(net, image()), seed=1)
+    small = attrim.apply(net, plan)
+    with torch.inference_mode():
+        folded = fold_bias(net, small, plan, [image()])
+        free = fold_bias(net, small, plan, example_inputs=image())
+    assert same(folded, fold_bias(net, small, plan, [image()]))
+    assert same(free, fold_bias(net, small, plan, example_inputs=image()))

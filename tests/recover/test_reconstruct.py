@@ -500,3 +500,34 @@ def test_a_bias_that_is_added_afterwards_takes_the_constant(norm, sequence):
     best = rows @ torch.linalg.lstsq(rows, target).solution
     found = torch.cat([fitted(x).transpose(1, 2).flatten(0, 1) for x in data])
     torch.testing.assert_close(found, best, rtol=0, atol=1e-7)
+
+
+def test_wide_layers_in_blocks_come_nearly_as_close():
+    net, small, plan, data = pair_of_networks()
+    x = pictures(64, 11)
+    whole, blocks = (gap(reconstruct(net, small, plan, data, widest=widest), net, x) for widest in (4608, 60))
+    assert whole < 0.8 * gap(small, net, x)
+    assert abs(blocks - whole) < 0.15 * gap(small, net, x)
+
+
+def test_inference_tensors_as_inputs():
+    net, small, plan, data = pair_of_networks(Plain)
+    with torch.inference_mode():
+        frozen = [x.clone() for x in data]
+        fitted = reconstruct(net, small, plan, frozen)
+    assert same(fitted, reconstruct(net, small, plan, data))
+
+
+def test_in_place_maps_between_the_contraction_and_the_comparison():
+    class InPlace(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.last(self.act(self.first(x)))
+            y.mul_(2.0).add_(1.0)
+            return F.relu_(y)
+
+    net = copies(InPlace(nn.Conv2d(6, 4, 1)))
+    data = batches(8, 3, 9, 9)
+    small, plan = cut_pairs(net, data[0])
+    for memory in (0, 1 << 30):
+        fitted = quiet(reconstruct, net, small, plan, data, memory=memory, ridges=(1e-12,))
+        assert gap(fitted, net, batches(8, 3, 9, 9, count=6)[5]) < 1e-10

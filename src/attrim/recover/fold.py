@@ -97,7 +97,8 @@ def fold_bias(
             "fold_bias needs batches to measure means on, or, to take them from batch-norm statistics, example_inputs "
             "(only shapes matter): fold_bias(dense, pruned, plan, example_inputs=torch.zeros(1, 3, 224, 224))."
         )
-    small = copy.deepcopy(pruned)
+    with torch.inference_mode(False):  # tensors that can be written to
+        small = copy.deepcopy(pruned)
     with undisturbed(dense), evaluating(small), torch.no_grad():
         if batches is None:
             example = _example(example_inputs, device_of(dense))

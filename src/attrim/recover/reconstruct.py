@@ -94,7 +94,8 @@ def reconstruct(
     settings = Settings(tuple(ridges), rectify, widest, memory, seed)
     _check(settings, layers, samples)
     check_networks(dense, pruned, plan)
-    small = copy.deepcopy(pruned)
+    with torch.inference_mode(False):  # tensors that can be written to
+        small = copy.deepcopy(pruned)
     held = _hold(batches, device_of(dense), samples)
     with undisturbed(dense), evaluating(small), torch.no_grad():
         work = Work.prepare(dense, small, plan, held, settings, layers)
