@@ -170,7 +170,8 @@ class ImageData:
         """``(width, height)`` of the images if they can be kept in memory; one answer for all the splits."""
         if not self._sizes:
             rows = next(rows for rows in self._all.values() if rows is not None)
-            probes = {rows.picture(i * len(rows) // PROBES).size for i in range(min(PROBES, len(rows)))}
+            count = min(PROBES, len(rows))
+            probes = {rows.picture(i * len(rows) // count).size for i in range(count)}
             width, height = next(iter(probes))
             needed = self.shape[0] * width * height * max(len(r) for r in self._all.values() if r is not None)
             small = len(probes) == 1 and max(width, height) <= SMALL and needed <= MEMORY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")
 
 SMALLEST_CROP = 0.35
 """Random crops have at least this share of the area: milder than the 0.08 of training from nothing."""
+
+_NOTATION = re.compile(r"rand(-(m|n|mmax)\d+|-(p|mstd)\d*\.?\d+|-inc[01]|-t\w+)*")
 
 
 class RandAugment:
@@ -46,12 +49,13 @@ class RandAugment:
             raise MissingDependencyError("timm", "train", f"randaugment='{config}'") from error
         fill = tuple(min(255, round(255 * value)) for value in mean)
         settings = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) == 3 else fill * 3}
+        wrong = DataError(f"randaugment: expected timm's notation, for example 'rand-m9-mstd0.5', found {config!r}.")
+        if not _NOTATION.fullmatch(config):  # timm passes over what it does not know
+            raise wrong
         try:
             self._apply: Callable[[Any], Any] = rand_augment_transform(config, settings)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"randaugment: expected timm's notation, for example 'rand-m9-mstd0.5', found {config!r}."
-            ) from error
+            raise wrong from error
 
     def __call__(self, picture: Any) -> Any:
         """An image of mode ``L`` or ``RGB``, changed; it keeps its mode and size. Draws from the global generators."""
