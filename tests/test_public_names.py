@@ -14,7 +14,19 @@ import attrim
 
 ROOT = Path(__file__).parents[1]
 
-FLOW = {"trace", "score", "allocate", "apply", "verify", "prune", "save", "load", "carry_optimizer", "plan_from_kept"}
+FLOW = {
+    "trace",
+    "score",
+    "allocate",
+    "apply",
+    "verify",
+    "prune",
+    "prune_rounds",
+    "save",
+    "load",
+    "carry_optimizer",
+    "plan_from_kept",
+}
 NOUNS = {
     "Axis", "Budget", "ChannelGroup", "ChannelMap", "CostModel", "Member", "PinnedAxis", "PruneResult", "PruningPlan",
     "Scores", "Tap", "Verification",

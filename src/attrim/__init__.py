@@ -11,6 +11,7 @@ from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import AttrimError, AttrimWarning
 from attrim.methods.pipeline import PruneResult, prune
+from attrim.methods.rounds import prune_rounds
 from attrim.modules.repair import REPAIRS
 from attrim.score import score
 from attrim.search.allocate import allocate
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "plan_from_kept",
     "prune",
+    "prune_rounds",
     "recover",
     "save",
     "score",

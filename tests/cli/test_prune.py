@@ -188,3 +188,22 @@ def test_networks_without_batch_norm_are_refitted_and_not_recalibrated(call, tmp
     )
     assert said.status == 0
     assert list(steps(tmp_path / "run")) == ["start", "dense", "cut", "reconstruct", "recovered", "final"]
+
+
+def test_rounds_cut_in_steps_and_end_in_one_plan(call, trained, images, tmp_path):
+    out = tmp_path / "run"
+    said = call(
+        *("prune", *trained, "--data", images, "--keep-macs", "0.5", "--rounds", "2", "--batch-size", "16"),
+        *("--out", out, "--device", "cpu"),
+    )
+    assert said.status == 0, said.err
+    assert "round 1 of 2: " in said.err
+    assert "round 2 of 2: " in said.err
+    found = steps(out)
+    assert list(found) == ["start", "dense", "cut", "reconstruct", "recalibrate", "recovered", "final"]
+    assert 0.4 < found["final"]["macs"][1] / found["final"]["macs"][0] <= 0.5
+    assert found["cut"]["verified"] is True
+    assert not (out / "rounds").exists()
+    refused = call("prune", *trained, "--keep-macs", "0.5", "--rounds", "0", "--out", tmp_path / "b")
+    assert refused.status == 2
+    assert "'rounds'" in refused.err

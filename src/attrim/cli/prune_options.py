@@ -27,6 +27,7 @@ __all__ = [
     "Overwrite",
     "Recover",
     "Resume",
+    "Rounds",
     "Samples",
     "Scope",
     "Seed",
@@ -74,6 +75,12 @@ Frozen = Annotated[
 ]
 Scope = Annotated[str, typer.Option(rich_help_panel=BUDGET, metavar="NAME", help="global, group or isomorphic.")]
 
+Rounds = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=RECOVERY, metavar="N", help="Cut in N rounds, with new scores and --recover after each."
+    ),
+]
 Recover = Annotated[
     str,
     typer.Option(

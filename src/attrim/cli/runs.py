@@ -23,15 +23,15 @@ __all__ = ["CONFIG_FILE", "Run"]
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 _FILES = (CONFIG_FILE, METRICS_FILE, PLAN_FILE, WEIGHTS_FILE)
-_CUT, _TRAINING = "cut", "training"
+_CUT, _TRAINING, _ROUNDS = "cut", "training", "rounds"
 
 
 class Run:
     """One run's folder. Made at the first write, so that a refused command leaves nothing behind.
 
     The result is ``config.yaml``, ``metrics.jsonl``, ``plan.json`` and ``model.safetensors``. While a run is under way
-    ``cut/`` holds the verified network and ``training/`` the checkpoints; both are gone at the end. Of several processes
-    only the main one writes.
+    ``cut/`` holds the verified network, ``rounds/`` those of finished rounds and ``training/`` the checkpoints; all are
+    gone at the end. Of several processes only the main one writes.
 
     Args:
         folder: where the files go; other files in it are left alone.
@@ -73,9 +73,15 @@ class Run:
         return self.folder / _TRAINING
 
     @property
+    def rounds(self) -> Path:
+        """Where finished rounds are kept."""
+        return self.folder / _ROUNDS
+
+    @property
     def unfinished(self) -> bool:
         """Whether there is something to go on with."""
-        return (self.cut / PLAN_FILE).exists() or bool(Checkpoints(self.training).files())
+        begun = self.rounds.is_dir() and any(self.rounds.iterdir())
+        return (self.cut / PLAN_FILE).exists() or begun or bool(Checkpoints(self.training).files())
 
     @property
     def finished(self) -> bool:
@@ -110,6 +116,7 @@ class Run:
         """The result is written: what was only needed to go on is removed."""
         if is_main():
             shutil.rmtree(self.cut, ignore_errors=True)
+            shutil.rmtree(self.rounds, ignore_errors=True)
             (self.training / METRICS_FILE).unlink(missing_ok=True)  # its lines are in the run's own
             Checkpoints(self.training).remove()
 
@@ -117,7 +124,7 @@ class Run:
         """Clear an earlier run and write down every setting of this one."""
         if not is_main():
             return
-        for folder in (self.cut, self.training):
+        for folder in (self.cut, self.rounds, self.training):
             shutil.rmtree(folder, ignore_errors=True)
         for name in _FILES:
             (self.folder / name).unlink(missing_ok=True)

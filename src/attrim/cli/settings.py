@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attrim.core.budget import Budget, Scope
 from attrim.errors import InputError
@@ -50,6 +50,7 @@ class PruneSettings(BaseModel):
     std: tuple[float, ...] | None = None
     flip: bool = True
 
+    rounds: Annotated[int, Field(ge=1)] = 1
     recover: Literal["free", "recalibrate", "none"] = "free"
     finetune_epochs: int = 0
     lr: float = 0.01

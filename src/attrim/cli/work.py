@@ -22,6 +22,7 @@ from attrim.core.budget import Budget
 from attrim.core.plan import PruningPlan
 from attrim.errors import AttrimError, InputError
 from attrim.methods.pipeline import Cost, PruneResult, prune
+from attrim.methods.rounds import prune_rounds
 from attrim.recover import ImageData, evaluate, finetune, free_recovery, open_data, recalibrate
 from attrim.recover.data import Split
 from attrim.score import CRITERIA
@@ -53,15 +54,19 @@ def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
         say(f"the run in {run.folder} is finished")
         return
     goes_on = resume and (run.cut / PLAN_FILE).exists()
+    in_rounds = resume and not goes_on and run.rounds.is_dir()
     start, settings = _prepare(settings)
     if goes_on:
         run.reopen(again=("finetune", "finetuned", "final", "failed"))
         note(f"going on with the run in {run.folder}")
+    elif in_rounds:
+        run.reopen(again=("dense", "cut", "failed"))
+        note(f"going on with the rounds in {run.folder}")
     else:
         run.start(settings.model_dump(mode="json", exclude={"overwrite"}))
         run.log("start", attrim=version("attrim"), torch=torch.__version__, device=settings.device)
     try:
-        plan, small = _read_cut(run, start) if goes_on else _cut(run, settings, budget, start)
+        plan, small = _read_cut(run, start) if goes_on else _cut(run, settings, budget, start, resume=in_rounds)
         small = recover(run, settings, start, plan, small)
         save_main(small, plan, run)
         _report(run, start, plan, small)
@@ -71,22 +76,40 @@ def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
         raise
 
 
-def _cut(run: Run, settings: PruneSettings, budget: Budget, start: Before) -> tuple[PruningPlan, nn.Module]:
+def _cut(
+    run: Run, settings: PruneSettings, budget: Budget, start: Before, *, resume: bool
+) -> tuple[PruningPlan, nn.Module]:
     if start.images is not None:
         judge(run, "dense", start.dense, start.images)
     begin = time.monotonic()
-    result = prune(
-        start.dense,
-        start.example,
-        method=settings.method,
-        budget=budget,
-        data=None if start.images is None else start.images.batches("train"),
-        **_method_options(settings),
-    )
+    result = _pruned(run, settings, budget, start, resume)
     judge(run, "cut", result.model, start.images, **_cut_figures(result, time.monotonic() - begin))
     if settings.finetune_epochs:
         _keep_cut(run, result.model, result.plan)
     return result.plan, result.model
+
+
+def _pruned(run: Run, settings: PruneSettings, budget: Budget, start: Before, resume: bool) -> PruneResult:
+    """The cut, at once or in rounds with a recovery after each."""
+    options: dict[str, Any] = {"method": settings.method, "budget": budget, **_method_options(settings)}
+    images = start.images
+    if settings.rounds == 1:
+        data = None if images is None else images.batches("train")
+        return prune(start.dense, start.example, data=data, **options)
+    return prune_rounds(
+        start.dense,
+        start.example,
+        rounds=settings.rounds,
+        data=None if images is None else images.batches("train", augment=True, shuffle=True),
+        recover="free" if settings.recover == "free" and images is not None else None,
+        folder=run.rounds,
+        resume=resume,
+        seed=settings.seed,
+        on_round=lambda number, result: note(
+            f"round {number} of {settings.rounds}: {result.after.macs / result.before.macs:.1%} of its MACs left"
+        ),
+        **options,
+    )
 
 
 def _keep_cut(run: Run, small: nn.Module, plan: PruningPlan) -> None:

@@ -69,8 +69,7 @@ def reconstruct(
         ridges: dampings to choose from, as fractions of the inputs' mean square, ascending.
         memory: bytes.
         widest: most unknowns of an output that are solved for at once; wider layers go in blocks.
-        seed: of the choice of output positions.
-        on_layer: called with a :class:`Refit` for every layer.
+        seed, on_layer: of the choice of output positions; called with a :class:`Refit` for every layer.
 
     Returns:
         A new module with the modes of ``pruned``.
