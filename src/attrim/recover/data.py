@@ -13,7 +13,7 @@ from attrim.errors import DataError
 from attrim.modules.progress import progress
 from attrim.recover.loader import PictureBatches
 from attrim.recover.sources import Rows, Source, open_source
-from attrim.recover.tensors import TensorBatches, decode
+from attrim.recover.tensors import Normalize, TensorBatches, decode
 from attrim.recover.transforms import INTERPOLATIONS, PictureTransform, RandAugment
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Batches", "ImageData", "Split", "open_data"]
@@ -133,16 +133,21 @@ class ImageData:
         transform = PictureTransform(
             (size[0], size[1]),
             channels,
-            self.mean,
-            self.std,
             train=bool(augment),
             flip=self.flip,
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
             randaugment=self._randaugment((size[0], size[1])) if augment is True else None,
         )
+        normalize = Normalize(self.mean, self.std, channels)
         return PictureBatches(
-            rows, transform, batch_size=self.batch_size, shuffle=shuffle, seed=self.seed, workers=self.workers
+            rows,
+            transform,
+            normalize,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            workers=self.workers,
         )
 
     def _tensors(self, split: Split, rows: Rows, augment: bool | str, shuffle: bool) -> Batches:

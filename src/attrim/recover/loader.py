@@ -30,7 +30,8 @@ class PictureBatches:
 
     Args:
         rows: the images and labels.
-        transform: makes a float32 tensor of an image; may draw from torch's, NumPy's and Python's global generators.
+        transform: makes a tensor of an image; may draw from torch's, NumPy's and Python's global generators.
+        finish: what this process does with a batch of such tensors: normalising here leaves bytes to hand over.
         batch_size: images per batch.
         shuffle: whether the order changes with each epoch; a short last batch is dropped then, if there are others.
         seed: of order and transforms.
@@ -41,7 +42,7 @@ class PictureBatches:
         DataError: an image cannot be decoded (the row is named), or a worker died.
 
     Example:
-        >>> batches = PictureBatches(rows, PictureTransform((224, 224), 3, mean, std), batch_size=128)
+        >>> batches = PictureBatches(rows, PictureTransform((224, 224), 3), Normalize(mean, std, 3), batch_size=128)
         >>> images, labels = next(iter(batches))
     """
 
@@ -49,13 +50,14 @@ class PictureBatches:
         self,
         rows: Rows,
         transform: Callable[[Any], Tensor],
+        finish: Callable[[Tensor], Tensor] | None = None,
         *,
         batch_size: int,
         shuffle: bool = False,
         seed: int = 0,
         workers: int | None = None,
     ) -> None:
-        self.rows, self.transform, self.batch_size = rows, transform, batch_size
+        self.rows, self.transform, self.finish, self.batch_size = rows, transform, finish, batch_size
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
         self.workers = _cores() if workers is None else workers
         self.rank, self.world = 0, 1
@@ -79,6 +81,7 @@ class PictureBatches:
         own = PictureBatches(
             self.rows,
             self.transform,
+            self.finish,
             batch_size=self.batch_size,
             shuffle=self.shuffle,
             seed=self.seed,
@@ -119,7 +122,7 @@ class PictureBatches:
                 if isinstance(content, str):
                     raise DataError(content)
                 images, labels = content
-                yield images, labels
+                yield images if self.finish is None else self.finish(images), labels
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

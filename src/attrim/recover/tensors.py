@@ -13,7 +13,7 @@ from torch import Tensor
 from attrim.errors import DataError
 from attrim.recover.pictures import in_channels
 
-__all__ = ["TensorBatches", "crop_and_flip", "decode"]
+__all__ = ["Normalize", "TensorBatches", "crop_and_flip", "decode"]
 
 
 class TensorBatches:
@@ -65,7 +65,7 @@ class TensorBatches:
         self.batch_size, self.size = batch_size, size
         self.crop, self.flip, self.shuffle, self.seed, self.epoch = crop, flip, shuffle, seed, 0
         self.change = change
-        self._scale, self._shift = _affine(mean, std, images.shape[1])
+        self._normalize = Normalize(mean, std, images.shape[1])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order, crops and flips of the next pass."""
@@ -89,10 +89,42 @@ class TensorBatches:
             images = crop_and_flip(images, self.crop, self.flip, random)
         if self.change is not None:
             images = self.change(images, random)
-        pixels = images.float()
-        if self.size is not None and self.size != tuple(pixels.shape[-2:]):
-            pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
-        return torch.addcmul(self._shift, pixels, self._scale)
+        if self.size is not None and self.size != tuple(images.shape[-2:]):
+            images = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True, align_corners=False)
+        return self._normalize(images)
+
+
+class Normalize:
+    """Bytes to ``(x / 255 - mean) / std``, a batch at a time.
+
+    Args:
+        mean, std: one number or one per channel, of images in [0, 1].
+        channels: of the images.
+
+    Raises:
+        DataError: there are too few or too many numbers, or a deviation is not above 0.
+
+    Example:
+        >>> Normalize((0.5,), (0.25,), 3)(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).unique()
+        tensor([2.])
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, channels):
+                raise DataError(
+                    f"{name}: expected {channels} numbers, one per channel, found {len(values)}. "
+                    f"For example --{name} {','.join(['0.5'] * channels)}."
+                )
+        if min(std) <= 0:
+            raise DataError(f"std: expected numbers > 0, found {min(std)}.")
+        spread = torch.tensor(std).expand(channels).view(1, -1, 1, 1)
+        middle = torch.tensor(mean).expand(channels).view(1, -1, 1, 1)
+        self._scale, self._shift = 1 / (255 * spread), -middle / spread
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float32 of shape ``(N, C, H, W)`` from uint8 or from float32 in [0, 255]."""
+        return torch.addcmul(self._shift, images.float(), self._scale)
 
 
 def crop_and_flip(images: Tensor, pad: int, flip: bool, random: torch.Generator) -> Tensor:
@@ -143,18 +175,3 @@ def decode(pictures: Iterable[Any], channels: int, size: tuple[int, int] | None 
         raise DataError("expected at least one image, found none.")
     stacked = torch.from_numpy(np.stack(arrays))
     return stacked[:, None] if channels == 1 else stacked.permute(0, 3, 1, 2).contiguous()
-
-
-def _affine(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[Tensor, Tensor]:
-    """Scale and shift that take bytes to ``(x / 255 - mean) / std``."""
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, channels):
-            raise DataError(
-                f"{name}: expected {channels} numbers, one per channel, found {len(values)}. "
-                f"For example --{name} {','.join(['0.5'] * channels)}."
-            )
-    if min(std) <= 0:
-        raise DataError(f"std: expected numbers > 0, found {min(std)}.")
-    spread = torch.tensor(std).expand(channels).view(1, -1, 1, 1)
-    middle = torch.tensor(mean).expand(channels).view(1, -1, 1, 1)
-    return 1 / (255 * spread), -middle / spread

@@ -1,4 +1,4 @@
-"""Transforms from an image to a model's input: timm's where it is installed, torchvision's otherwise; RandAugment."""
+"""Transforms from an image to pixels of a model's size: timm's where it is installed, torchvision's otherwise; RandAugment."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class RandAugment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PictureTransform:
-    """Makes a model's input of one image.
+    """Makes pixels of a model's size of one image.
 
     For training: a random crop of 35-100 % of the area, resized; a mirror image half of the time; RandAugment if asked.
     Otherwise: the shorter side resized to ``size / crop_pct``, the middle cut out. timm's ``create_transform`` does
@@ -94,7 +94,6 @@ class PictureTransform:
     Args:
         size: ``(height, width)`` that the model takes.
         channels: 1 or 3.
-        mean, std: per channel, of images in [0, 1].
         train: whether to augment.
         flip: whether augmenting mirrors.
         interpolation: one of :data:`INTERPOLATIONS`.
@@ -105,14 +104,12 @@ class PictureTransform:
         MissingDependencyError: torchvision is not installed.
 
     Example:
-        >>> PictureTransform((224, 224), 3, IMAGENET_MEAN, IMAGENET_STD)(Image.open("cat.jpg")).shape
+        >>> PictureTransform((224, 224), 3)(Image.open("cat.jpg")).shape
         torch.Size([3, 224, 224])
     """
 
     size: tuple[int, int]
     channels: int
-    mean: Sequence[float]
-    std: Sequence[float]
     train: bool = False
     flip: bool = True
     interpolation: str = "bilinear"
@@ -128,7 +125,7 @@ class PictureTransform:
         object.__setattr__(self, "_steps", steps)
 
     def __call__(self, picture: Any) -> Tensor:
-        """float32 of shape ``(channels, height, width)`` from a ``PIL.Image`` of any mode and size."""
+        """uint8 of shape ``(channels, height, width)`` from a ``PIL.Image`` of any mode and size."""
         value: Any = in_channels(picture, self.channels)
         for step in self._steps:
             value = step(value)
@@ -142,8 +139,7 @@ def _timm_steps(asked: PictureTransform) -> list[Callable[[Any], Any]]:
     common: dict[str, Any] = {
         "input_size": asked.size,
         "interpolation": asked.interpolation,
-        "mean": tuple(asked.mean),
-        "std": tuple(asked.std),
+        "normalize": False,  # bytes are a quarter of what workers have to hand over
     }
     if not asked.train:
         return [create_transform(**common, is_training=False, crop_pct=asked.crop_pct)]
@@ -162,7 +158,7 @@ def _torchvision_steps(asked: PictureTransform) -> list[Callable[[Any], Any]]:
     except ImportError as error:
         raise MissingDependencyError("torchvision", "models", "transforming images larger than 64 x 64") from error
     interpolation = InterpolationMode(asked.interpolation)
-    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(asked.mean), list(asked.std))]
+    last = [v2.PILToTensor()]
     if not asked.train:
         height, width = (math.floor(side / asked.crop_pct) for side in asked.size)
         return [_Cover(height, width, v2, interpolation), v2.CenterCrop(asked.size), *last]
