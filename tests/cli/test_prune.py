@@ -207,3 +207,18 @@ def test_rounds_cut_in_steps_and_end_in_one_plan(call, trained, images, tmp_path
     refused = call("prune", *trained, "--keep-macs", "0.5", "--rounds", "0", "--out", tmp_path / "b")
     assert refused.status == 2
     assert "'rounds'" in refused.err
+
+
+def test_randaugment_is_for_training_and_checked_at_the_door(call, trained, images, tmp_path):
+    refused = call(
+        *("prune", *trained, "--data", images, "--keep-macs", "0.5", "--randaugment", "loud", "--out", tmp_path / "a"),
+    )
+    assert refused.status == 2
+    assert "loud" in refused.err
+    assert not (tmp_path / "a").exists()
+    said = call(
+        *("prune", *trained, "--data", images, "--keep-macs", "0.5", "--randaugment", "rand-m3", "--device", "cpu"),
+        *("--finetune-epochs", "1", "--batch-size", "16", "--out", tmp_path / "b"),
+    )
+    assert said.status == 0, said.err
+    assert "randaugment: rand-m3" in (tmp_path / "b" / "config.yaml").read_text()

@@ -45,6 +45,7 @@ def finetune(
     mean: options.Mean = None,
     std: options.Std = None,
     flip: options.Flip = True,
+    randaugment: options.RandAugment = None,
     weights: options.Weights = None,
     pretrained: options.Pretrained = False,
     num_classes: options.NumClasses = None,

@@ -19,6 +19,7 @@ __all__ = [
     "Model",
     "NumClasses",
     "Pretrained",
+    "RandAugment",
     "Std",
     "Weights",
 ]
@@ -68,5 +69,13 @@ Mean = Annotated[
 Std = Annotated[str | None, typer.Option(metavar="A,B,C", rich_help_panel=DATA, help="Deviation, likewise.")]
 Flip = Annotated[
     bool, typer.Option(rich_help_panel=DATA, help="Mirror half of the training images (not for digits or text).")
+]
+RandAugment = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=DATA,
+        metavar="NAME",
+        help="timm's notation, such as rand-m9-mstd0.5; for training only, never for statistics.",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

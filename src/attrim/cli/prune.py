@@ -40,6 +40,7 @@ def prune(
     mean: options.Mean = None,
     std: options.Std = None,
     flip: options.Flip = True,
+    randaugment: options.RandAugment = None,
     rounds: only.Rounds = 1,
     recover: only.Recover = "free",
     finetune_epochs: only.FinetuneEpochs = 0,

@@ -49,6 +49,7 @@ class PruneSettings(BaseModel):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     flip: bool = True
+    randaugment: str | None = None
 
     rounds: Annotated[int, Field(ge=1)] = 1
     recover: Literal["free", "recalibrate", "none"] = "free"

@@ -38,6 +38,7 @@ class FinetuneSettings(BaseModel):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     flip: bool = True
+    randaugment: str | None = None
 
     epochs: int = 3
     lr: float = 0.01

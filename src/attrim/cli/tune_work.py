@@ -121,6 +121,7 @@ def _open(settings: FinetuneSettings, built: Built) -> ImageData:
         limit=settings.limit,
         seed=settings.seed,
         flip=settings.flip,
+        randaugment=settings.randaugment,
     )
 
 

@@ -100,7 +100,7 @@ def _pruned(run: Run, settings: PruneSettings, budget: Budget, start: Before, re
         start.dense,
         start.example,
         rounds=settings.rounds,
-        data=None if images is None else images.batches("train", augment=True, shuffle=True),
+        data=None if images is None else images.batches("train", augment="light", shuffle=True),
         recover="free" if settings.recover == "free" and images is not None else None,
         folder=run.rounds,
         resume=resume,
@@ -127,12 +127,13 @@ def recover(run: Run, settings: PruneSettings, start: Before, plan: PruningPlan,
     if start.images is None:
         return small
     augmented = start.images.batches("train", augment=True, shuffle=True)
+    light = start.images.batches("train", augment="light", shuffle=True)
     if settings.recover != "none" and not run.has("recovered"):
         torch.manual_seed(settings.seed)
         if settings.recover == "free":
-            small = free_recovery(start.dense, small, plan, augmented, on_step=_step_logger(run))
+            small = free_recovery(start.dense, small, plan, light, on_step=_step_logger(run))
         else:
-            small = recalibrate(small, augmented)
+            small = recalibrate(small, light)
         if settings.finetune_epochs:
             _keep_cut(run, small, plan)
         judge(run, "recovered", small, start.images, how=settings.recover)
@@ -212,6 +213,7 @@ def _open(settings: PruneSettings, data: str, built: Built) -> ImageData:
         limit=settings.limit,
         seed=settings.seed,
         flip=settings.flip,
+        randaugment=settings.randaugment,
     )
 
 
