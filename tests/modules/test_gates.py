@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mobile, Plain, Residual, filled, image
 from torch import Tensor, nn
 
 import attrim
 from attrim.errors import InputError
 from attrim.modules.gates import Gates
+from nets import Mobile, Plain, Residual, filled, image
 
 NETWORKS = {"plain": Plain, "residual": Residual, "mobile": Mobile}
 IDENTITIES = ("se", "eca", "fbs", "softmax")
