@@ -15,7 +15,7 @@ from attrim.modules.gates import Gates
 
 __all__ = ["Method", "MethodOutcome"]
 
-GIVEN = ("budget", "loss", "folder", "resume", "seed", "holdout", "on_epoch")
+GIVEN = ("budget", "loss", "folder", "resume", "seed", "holdout", "on_epoch", "augmented")
 """Arguments that every method takes; all other keywords are its own options."""
 
 
@@ -48,7 +48,7 @@ class Method:
     Attributes:
         name: what is typed.
         function: ``(model, channels, batches, *, budget, loss=None, folder=None, resume=False, seed=0, holdout=None,
-            on_epoch=None, **options) -> MethodOutcome``.
+            on_epoch=None, augmented=None, **options) -> MethodOutcome``.
         summary: one line for people.
         source: the paper.
         needs_labels: whether the batches must hold labels, unless a ``loss`` is given.

@@ -84,7 +84,7 @@ def plan_within(channels: ChannelMap, scores: Scores, budget: Budget | None, rat
     return plan_by_ratio(channels, scores, ratio, budget)
 
 
-def _mind_floor(values: np.ndarray, gone: np.ndarray, rules: Budget) -> IntArray:  # type: ignore[type-arg]
+def _mind_floor(values: np.ndarray, gone: np.ndarray, rules: Budget) -> IntArray:
     size = len(values)
     stays = max(size - int(gone.sum()), min(size, rules.floor(size)))
     if rules.multiple_of > 1:

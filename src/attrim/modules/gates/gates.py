@@ -14,7 +14,7 @@ from attrim.errors import InputError
 from attrim.modules.batches import device_of, read_batch, run_batch
 from attrim.modules.gates.attach import Collected, Watch, attach
 from attrim.modules.gates.fold import fold
-from attrim.modules.gates.kinds import KINDS, Gate, Kind, make_gate
+from attrim.modules.gates.kinds import KINDS, Gate, Kind, SqueezeGate, make_gate
 from attrim.modules.gates.places import Place, Point, Policy, find_places
 
 __all__ = ["Gates"]
@@ -160,9 +160,10 @@ class Gates(nn.Module):
             return {group: torch.stack(values) for group, values in collected.attention.items()}
 
     def sharpen(self, factor: float) -> None:
-        """Set the factor of the logits under the softmax of every gate."""
+        """Set the factor of the logits under the softmax of every gate; it is part of the state dict."""
         for unit in self.units.values():
-            unit.sharpness = factor  # type: ignore[assignment]
+            if isinstance(unit, SqueezeGate) and unit.act == "softmax":
+                unit.sharpness.fill_(factor)
 
     def fold(self, model: nn.Module, attention: Mapping[str, Tensor], *, skip: bool = False) -> nn.Module:
         """A copy of ``model`` that computes what ``model`` computes with ``fixed=attention``, without gates.

@@ -25,11 +25,9 @@ class Gate(nn.Module):
     Attributes:
         sees: ``pool`` (means of the gated channels, ``(B, size)``), ``input`` (means of the layer's input channels,
             ``(B, inputs)``) or ``map`` (the channels themselves, ``(B, size, P)``).
-        sharpness: factor of the logits under a softmax; may be raised while the gate learns.
     """
 
     sees: Literal["pool", "input", "map"] = "pool"
-    sharpness: float = 1.0
 
     def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and attention, each ``(B, size)``."""
@@ -41,7 +39,12 @@ class SqueezeGate(Gate):
 
     Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, with the second layer zero at the beginning, so that twice the
     sigmoid, or the scaled softmax, is exactly one; a plain sigmoid begins at its bias of 3, which is not the identity.
+
+    Attributes:
+        sharpness: factor of the logits under the softmax; may be raised while the gate learns.
     """
+
+    sharpness: Tensor
 
     def __init__(self, size: int, hidden: int | None, act: Literal["double", "single", "softmax"]) -> None:
         super().__init__()
@@ -50,12 +53,14 @@ class SqueezeGate(Gate):
         nn.init.zeros_(self.second.weight)
         nn.init.constant_(self.second.bias, OPEN if act == "single" else 0.0)
         self.act = act
+        if act == "softmax":
+            self.register_buffer("sharpness", torch.ones(()))
 
     def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and attention, each ``(B, size)``."""
         logits = self.second(F.relu(self.first(seen)))
         if self.act == "softmax":
-            return logits, logits.shape[1] * torch.softmax(self.sharpness * logits, 1)
+            return logits, logits.shape[1] * torch.softmax(self.sharpness.clone() * logits, 1)
         attention = torch.sigmoid(logits)
         return logits, attention if self.act == "single" else 2 * attention
 

@@ -1,0 +1,198 @@
+"""PCAS: gates are trained on a frozen network; the channels that they attend to least go, by one threshold for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from attrim.core.budget import Budget
+from attrim.core.channels import ChannelMap
+from attrim.core.scores import Scores
+from attrim.errors import InputError
+from attrim.methods.gate_training import (
+    Shaping,
+    attention_note,
+    check_data,
+    first_batch,
+    gate_notes,
+    plain_settings,
+    read_once,
+    trained_gates,
+)
+from attrim.methods.outcome import MethodOutcome
+from attrim.methods.ratio import plan_within
+from attrim.methods.stages import Stages
+from attrim.modules.gates import Gates
+from attrim.modules.gates.places import Point, Policy
+from attrim.recover.keeper import weights_digest
+from attrim.recover.recipe import Loss, Optimizer
+
+__all__ = ["pcas"]
+
+Act = Literal["double", "sigmoid", "softmax"]
+End = Literal["drop", "fold"]
+
+_KINDS = {"double": "se", "sigmoid": "sigmoid", "softmax": "softmax"}
+
+
+def pcas(
+    model: nn.Module,
+    channels: ChannelMap,
+    batches: Iterable[Any] | None,
+    *,
+    budget: Budget | None = None,
+    loss: Loss | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    holdout: Iterable[Any] | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    augmented: Iterable[Any] | None = None,
+    ratio: float | None = None,
+    policy: Policy = "internal",
+    act: Act = "double",
+    tap: Point = "post",
+    shared: bool = False,
+    hidden: int | None = None,
+    reduction: Literal["mean", "max"] = "mean",
+    end: End = "drop",
+    epochs: int = 10,
+    lr: float = 0.05,
+    optimizer: Optimizer = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    penalty: float = 0.0,
+    sharpness: float = 4.0,
+    samples: int | None = None,
+) -> MethodOutcome:
+    """Rank channels by the mean output of attention gates that were trained on the frozen network.
+
+    A gate behind each layer maps the means of its channels to factors of its channels. All gates learn together, by the
+    loss of the task; the network learns nothing, and its batch-norm statistics stay. Then one pass over the data gives
+    each channel's mean attention, and the channels with the smallest go, by one threshold for the whole network. A channel
+    whose activation is always zero has the score 0.
+
+    Certain from the paper: scores are attention statistics, one ratio for the network; from the authors' patent: the base
+    is frozen, small values go, the loop of attention, prune and train. The gate's form, the mean as the statistic, the
+    ranking rule, the treatment of residual streams and every number are our reading (``docs/methods/pcas.md``).
+
+    Args:
+        model: a trained network. Not changed.
+        channels: its map.
+        batches: training data, with labels unless ``loss`` needs none; gone through several times. The statistics are read
+            from them, so they should not be augmented.
+        budget: what may be kept; the threshold that just meets it is found by bisection.
+        loss: ``(outputs, batch) -> scalar`` instead of cross entropy.
+        folder: checkpoints of the training, the trained gates and the statistics are kept there. None keeps nothing.
+        resume: go on with the run in ``folder``; finished stages are read.
+        seed: of the gates' weights and the training.
+        holdout: labelled batches whose accuracy is reported after every epoch; they decide nothing.
+        on_epoch: called with the figures of every epoch of the training.
+        augmented: batches to train the gates on, instead of ``batches``.
+        ratio: fraction of the channels that goes, as in the paper, instead of limits in the budget.
+        policy: ``internal`` scores what stays inside residual blocks, ``tied`` residual streams as well, one score a
+            stream.
+        act: ``double`` (twice the sigmoid, the identity at the beginning), ``sigmoid`` (begins at 0.95) or ``softmax``
+            (scaled: the mean attention of each layer is 1).
+        tap: where gates hang: ``post`` (behind the activation), ``pre`` (behind the norm), ``conv``.
+        shared: one gate for all branches of a stream.
+        hidden: width inside a gate; None for ``max(8, size // 16)``.
+        reduction: ``mean`` or ``max`` over the branches of a stream.
+        end: ``drop`` the gates, or ``fold`` their mean attention into the weights that are then cut.
+        epochs, lr, optimizer, momentum, weight_decay: of the training of the gates.
+        penalty: weight of the mean attention in the loss.
+        sharpness: factor of the logits under the softmax at the end of the training; it begins at 1.
+        samples: read the statistics from so many samples; None reads all.
+
+    Returns:
+        The plan, the network to cut, scores, gates, and ``statistics["attention"]``.
+
+    Raises:
+        CriterionError: no data. InputError: a wrong option, or no group that can be gated. BudgetError: as
+        :func:`attrim.allocate`. CheckpointError: ``folder`` holds another run.
+
+    Source:
+        Yamamoto and Maeno, "PCAS: Pruning Channels with Attention Statistics for Deep Network Compression", BMVC 2019;
+        US patent 11468331 of the same authors.
+
+    Example:
+        >>> outcome = pcas(model, channels, loader, budget=attrim.Budget(macs=0.5), epochs=2)
+        >>> small = attrim.apply(outcome.model_to_cut, outcome.plan)
+    """
+    settings = {k: v for k, v in locals().items() if k not in _ASIDE}
+    _check(act, end, policy, reduction, penalty, sharpness)
+    data = check_data("pcas", batches)
+    stages = Stages(folder, {"method": "pcas", "weights": weights_digest(model), **plain_settings(settings)}, resume)
+    gates = Gates(
+        model,
+        channels,
+        _KINDS[act],  # type: ignore[arg-type]
+        policy=policy,
+        shared=shared,
+        point=tap,
+        hidden=hidden,
+        seed=seed,
+        example=first_batch(data),
+    )
+    stages.begin()
+    _, gates, reports = trained_gates(
+        model,
+        gates,
+        data if augmented is None else augmented,
+        stages,
+        frozen=True,
+        loss=loss,
+        seed=seed,
+        holdout=holdout,
+        on_epoch=on_epoch,
+        regularizer=Shaping(penalty, sharpness) if penalty or act == "softmax" else None,
+        description="training gates",
+        epochs=epochs,
+        lr=lr,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+    )
+    statistics = read_once(stages, model, gates, data, samples)
+    scores = Scores(statistics.score(reduction), "pcas")
+    plan = plan_within(channels, scores, budget, ratio)
+    base = model if end == "drop" else gates.fold(model, statistics.factors())
+    return MethodOutcome(
+        plan, base, scores, (*gate_notes(gates, reports), attention_note(statistics)), gates, {"attention": statistics}
+    )
+
+
+_ASIDE = (
+    "model",
+    "channels",
+    "batches",
+    "budget",
+    "folder",
+    "resume",
+    "holdout",
+    "on_epoch",
+    "augmented",
+    "ratio",
+    "end",
+)
+
+
+def _check(act: str, end: str, policy: str, reduction: str, penalty: float, sharpness: float) -> None:
+    for name, value, known in (
+        ("act", act, get_args(Act)),
+        ("end", end, get_args(End)),
+        ("reduction", reduction, ("mean", "max")),
+    ):
+        if value not in known:
+            raise InputError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
+    if policy == "input_select":
+        raise InputError(
+            "policy: 'input_select' keeps a residual stream whole and lets each block read a part of it, which needs an "
+            "index layer in the network; a plan only cuts. Use 'internal' or 'tied'."
+        )
+    for name, number in (("penalty", penalty), ("sharpness", sharpness)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+            raise InputError(f"{name}: expected a number >= 0, found {number!r}.")

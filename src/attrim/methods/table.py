@@ -1,0 +1,31 @@
+"""The table of methods: plain data, for :func:`attrim.prune` and for ``attrim methods``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from attrim.methods.cpsca import cpsca
+from attrim.methods.outcome import Method, MethodOutcome
+from attrim.methods.pcas import pcas
+
+__all__ = ["METHODS", "Method", "MethodOutcome"]
+
+_ALL = (
+    Method(
+        "pcas",
+        pcas,
+        "mean output of attention gates that were trained on the frozen network; one threshold for all layers",
+        "Yamamoto & Maeno, PCAS, BMVC 2019",
+    ),
+    Method(
+        "cpsca",
+        cpsca,
+        "mean channel attention, trained together with the network behind a spatial one; one ratio in every layer",
+        "Liu et al., CPSCA, Applied Soft Computing 110, 2021",
+        trains=True,
+    ),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+"""Name -> method. Not a registry: any callable criterion goes into :func:`attrim.prune` as well."""
