@@ -91,7 +91,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         self._sum_of: dict[int, list[_Trail]] = {}
         self._alive: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._clock = 0
-        self.live = 0
+        self._live: dict[int, int] = {}
 
     def _note(self, use: Contraction) -> None:
         self._seen.append(use)
@@ -206,7 +206,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
                     del self._alive[key]
                 else:
                     alive[address] = tensor.untyped_storage().nbytes()
-            self.live = max(self.live, sum(alive.values()))
+            self._live[self._clock] = sum(alive.values())
 
     def _begin(self, use: Contraction, name: str, args: tuple[Any, ...], kwargs: Any, value: Tensor) -> None:
         flipped = is_flipped(use, args, name)
@@ -219,7 +219,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         bias = bias_of(args, name)
         if bias is not None and bias.untyped_storage().data_ptr() not in self._constants:
             bias = None
-        light = replace(use, inputs=torch.empty(use.inputs.shape, device="meta"))
+        light = replace(use, inputs=torch.empty(use.inputs.shape, dtype=use.inputs.dtype, device="meta"))
         plain = all(factor == 1 for factor in kwargs.values())  # beta and alpha of ``addmm``
         read = args[(name == "addmm") + flipped]
         read = read if read._base is None else read._base
@@ -255,7 +255,7 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         for trail in self._trails:
             dims[trail.use.tensor] = dims.get(trail.use.tensor, frozenset()) | {trail.use.dim}
         added = frozenset(name for name, users in self._users.items() if users <= _SUMS)
-        return Course(tuple(unit for _, unit in found), refused, dims, added, self.live)
+        return Course(tuple(unit for _, unit in found), refused, dims, added)
 
     def _keys(self) -> list[Key]:
         parts: dict[str, dict[int, int]] = {}
@@ -309,6 +309,8 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             places=len(trail.use.inputs) * trail.use.outputs,
             bias=bias is not None and self._alone(bias, blocks * rows),
             norm=norm if norm >= 0 and self._takes_bias(trail.steps[norm], blocks * rows) else -1,
+            live=self._live.get(trail.clocks[length + join], 0)
+            + trail.use.inputs.numel() * trail.use.inputs.element_size(),
         )
 
     def _alone(self, tensor: Tensor, size: int) -> bool:

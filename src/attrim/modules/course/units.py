@@ -30,6 +30,7 @@ class Unit:
         places: output positions per batch of the survey.
         bias: whether the contraction has a bias that nothing else uses, or the first thing that follows adds one.
         norm: number of the step that is a batch norm that can take up a bias, or -1.
+        live: bytes of activations that were alive at the comparison, the contraction's inputs included.
     """
 
     key: Key
@@ -45,6 +46,7 @@ class Unit:
     places: int
     bias: bool
     norm: int
+    live: int = 0
 
     @property
     def inputs(self) -> int:
@@ -61,14 +63,12 @@ class Course:
         refused: weight -> why it cannot be fitted.
         contracted: weight -> its dimensions that were contracted, of those that can and those that cannot be fitted.
         added: parameters that were only added or joined to something, such as position embeddings.
-        live: most bytes of activations that were alive at a comparison.
     """
 
     units: tuple[Unit, ...]
     refused: Mapping[str, str]
     contracted: Mapping[str, frozenset[int]]
     added: frozenset[str]
-    live: int
 
     def left_out(self, cut: Mapping[str, Collection[int]]) -> dict[str, str]:
         """Weights whose inputs were cut and that are no unit, with the reason.

@@ -79,7 +79,17 @@ class Work:
             pairs = {key: pair for key, pair in pairs.items() if pair[0].dim in cut.get(key[0], ())}
         sampling = Sampling(tuple(b.size for b in held), settings.seed, settings.memory)
         rows = {key: sampling.rows(unit, held[0].size) for key, (_, unit) in pairs.items()}
-        return cls(dense, small, plan, held, settings, pairs, sampling, rows, courses[1].live)
+        return cls(
+            dense,
+            small,
+            plan,
+            held,
+            settings,
+            pairs,
+            sampling,
+            rows,
+            max((u.live for _, u in pairs.values()), default=0),
+        )
 
     def run(self, sequence: bool) -> Iterator[Refit]:
         if not self.pairs:
