@@ -12,8 +12,8 @@ from attrim.core.scores import Scores
 from attrim.errors import AttrimError, AttrimWarning
 from attrim.methods.pipeline import PruneResult, prune
 from attrim.methods.rounds import prune_rounds
+from attrim.methods.scoring import score
 from attrim.modules.repair import REPAIRS
-from attrim.score import score
 from attrim.search.allocate import allocate
 from attrim.search.decide import plan_from_kept
 from attrim.ship.store import load, save

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -15,20 +16,20 @@ from attrim.core.channels import ChannelMap
 from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import BudgetError, InputError
+from attrim.methods.attention import AttentionStatistics
 from attrim.methods.gate_training import (
+    GateRun,
     attention_note,
     check_data,
     first_batch,
     gate_notes,
-    plain_settings,
     read_once,
     trained_gates,
 )
 from attrim.methods.outcome import MethodOutcome
-from attrim.methods.stages import Stages
+from attrim.methods.ratio import check_reach
 from attrim.modules.gates import Gates
 from attrim.modules.gates.places import Policy
-from attrim.recover.keeper import weights_digest
 from attrim.recover.recipe import Loss, Optimizer
 from attrim.search.allocate import allocate
 from attrim.search.decide import plan_from_kept
@@ -70,8 +71,8 @@ def cpsca(
     the mean over all samples, the common ratio, and a training that begins at a trained network are our reading.
 
     Args:
-        model, channels, batches, loss, folder, resume, seed, holdout, on_epoch, augmented: as for
-            :func:`attrim.methods.pcas.pcas`.
+        model, channels, batches: as for :func:`attrim.methods.pcas.pcas`; for the others see
+            :class:`attrim.methods.gate_training.GateRun`.
         budget: what may be kept; its scope is ``group`` whatever it says: every layer gets the same ratio.
         ratios: glob over group ids -> fraction of the channels that goes, instead of a budget: ``{"layer1.*": 0.6}``; the
             kept count is rounded down. Groups that no glob names stay whole.
@@ -93,7 +94,9 @@ def cpsca(
     Example:
         >>> outcome = cpsca(model, channels, loader, ratios={"layer1.*": 0.6, "layer2.*": 0.3, "layer3.*": 0.1})
     """
-    settings = {k: v for k, v in locals().items() if k not in _ASIDE}
+    given = locals()
+    run = GateRun(**{f.name: given[f.name] for f in fields(GateRun)})
+    training = {name: given[name] for name in ("epochs", "lr", "optimizer", "momentum", "weight_decay")}
     if base not in ("trained", "original") or policy not in ("internal", "tied"):
         raise InputError(
             f"cpsca: expected base='trained' or 'original' and policy='internal' or 'tied', found {base!r} and {policy!r}."
@@ -101,40 +104,45 @@ def cpsca(
     if (budget is None) == (ratios is None):
         raise InputError("cpsca: expected either budget=attrim.Budget(macs=0.5) or ratios={'layer1.*': 0.6, ...}.")
     data = check_data("cpsca", batches)
-    stages = Stages(folder, {"method": "cpsca", "weights": weights_digest(model), **plain_settings(settings)}, resume)
-    gates = Gates(model, channels, "sca", policy=policy, point="conv", seed=seed, example=first_batch(data))
+    budget = None if budget is None else dataclasses.replace(budget, scope="group")
+    trained, gates, statistics, log = _attention(model, channels, data, run, budget, policy, samples, training)
+    scores = Scores(statistics.score(), "cpsca")
+    if budget is not None:
+        plan = allocate(channels, scores, budget)
+    else:
+        plan = _by_ratios(channels, scores, ratios or {})
+    network = trained if base == "trained" else model
+    return MethodOutcome(plan, network, scores, log, gates, {"attention": statistics})
+
+
+def _attention(
+    model: nn.Module,
+    channels: ChannelMap,
+    data: Iterable[Any],
+    run: GateRun,
+    budget: Budget | None,
+    policy: Policy,
+    samples: int | None,
+    training: Mapping[str, Any],
+) -> tuple[nn.Module, Gates, AttentionStatistics, tuple[Mapping[str, Any], ...]]:
+    """The network and the gates that were trained together, what they say about the data, and the log."""
+    stages = run.stages("cpsca", model, {"policy": policy, "samples": samples, **training})
+    gates = Gates(model, channels, "sca", policy=policy, point="conv", seed=run.seed, example=first_batch(data))
+    check_reach(channels, gates.places, budget)
     stages.begin()
     trained, gates, reports = trained_gates(
         model,
         gates,
-        data if augmented is None else augmented,
+        data,
         stages,
+        run,
         frozen=False,
-        loss=loss,
-        seed=seed,
-        holdout=holdout,
-        on_epoch=on_epoch,
         regularizer=None,
         description="training with attention",
-        epochs=epochs,
-        lr=lr,
-        optimizer=optimizer,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        **training,
     )
     statistics = read_once(stages, trained, gates, data, samples)
-    scores = Scores(statistics.score(), "cpsca")
-    if ratios is not None:
-        plan = _by_ratios(channels, scores, ratios)
-    else:
-        plan = allocate(channels, scores, dataclasses.replace(budget or Budget(channels=1.0), scope="group"))
-    log = (*gate_notes(gates, reports), attention_note(statistics))
-    return MethodOutcome(plan, trained if base == "trained" else model, scores, log, gates, {"attention": statistics})
-
-
-_ASIDE = (
-    "model", "channels", "batches", "budget", "folder", "resume", "holdout", "on_epoch", "augmented", "ratios", "base",
-)  # fmt: skip
+    return trained, gates, statistics, (*gate_notes(gates, reports), attention_note(statistics))
 
 
 def _by_ratios(channels: ChannelMap, scores: Scores, ratios: Mapping[str, float]) -> PruningPlan:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +21,16 @@ from attrim.modules.gates import Gated, Gates
 from attrim.modules.names import named_tensors
 from attrim.recover.checkpoint import Checkpoints
 from attrim.recover.finetune import finetune
+from attrim.recover.keeper import weights_digest
 from attrim.recover.recipe import Loss
 
 __all__ = [
+    "GateRun",
     "Shaping",
     "attention_note",
     "check_data",
     "first_batch",
     "gate_notes",
-    "plain_settings",
     "read_once",
     "trained_gates",
 ]
@@ -54,17 +57,47 @@ class Shaping:
         return self.penalty * torch.stack(values).mean()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GateRun:
+    """How a method's own training runs.
+
+    Attributes:
+        loss: ``(outputs, batch) -> scalar`` instead of cross entropy.
+        folder: checkpoints of the training, the trained gates and the statistics are kept there. None keeps nothing.
+        resume: go on with the run in ``folder``; finished stages are read.
+        seed: of the gates' weights and the training.
+        holdout: labelled batches whose accuracy is reported after every epoch; they decide nothing.
+        on_epoch: called with the figures of every epoch of the training.
+        augmented: batches to train on, instead of those that statistics are read from.
+    """
+
+    loss: Loss | None
+    folder: str | Path | None
+    resume: bool
+    seed: int
+    holdout: Iterable[Any] | None
+    on_epoch: Callable[[Mapping[str, Any]], None] | None
+    augmented: Iterable[Any] | None
+
+    def stages(self, method: str, model: nn.Module, settings: Mapping[str, Any]) -> Stages:
+        """The run's stages on disk, for one method, network and settings.
+
+        Raises:
+            CheckpointError: the folder holds another run, or one that was not asked for.
+        """
+        loss = None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        mine = {"method": method, "weights": weights_digest(model), "seed": self.seed, "loss": loss, **settings}
+        return Stages(self.folder, mine, self.resume)
+
+
 def trained_gates(
     model: nn.Module,
     gates: Gates,
     batches: Iterable[Any],
     stages: Stages,
+    run: GateRun,
     *,
     frozen: bool,
-    loss: Loss | None,
-    seed: int,
-    holdout: Iterable[Any] | None,
-    on_epoch: Callable[[Mapping[str, Any]], None] | None,
     regularizer: Shaping | None,
     description: str,
     **training: Any,
@@ -74,10 +107,10 @@ def trained_gates(
     Args:
         model: not changed.
         gates: not changed.
-        batches: gone through once an epoch.
+        batches: gone through once an epoch, unless the run names others.
         stages: where the result is kept, and checkpoints of the training until then.
+        run: loss, seed and what is reported.
         frozen: whether the base stays as it is: neither a weight nor a running statistic changes.
-        loss, seed, holdout, on_epoch: as for :func:`attrim.recover.finetune`.
         regularizer: an additional term.
         description: for the progress bar.
         training: further settings of :func:`attrim.recover.finetune`.
@@ -89,33 +122,32 @@ def trained_gates(
     reports: list[Mapping[str, Any]] = []
     if stages.has("gates"):
         _fill(gated, stages.read("gates"))
-    else:
+        return (model if frozen else gated.base), gated.gates, reports
 
-        def note(report: Mapping[str, Any]) -> None:
-            reports.append(report)
-            if on_epoch is not None:
-                on_epoch(report)
+    def note(report: Mapping[str, Any]) -> None:
+        reports.append(report)
+        if run.on_epoch is not None:
+            run.on_epoch(report)
 
-        folder = stages.path("training")
-        gated = finetune(  # type: ignore[assignment]
-            gated,
-            batches,
-            loss=loss,
-            regularizer=regularizer,
-            holdout=holdout,
-            seed=seed,
-            folder=folder,
-            resume=folder is not None,
-            on_epoch=note,
-            description=description,
-            **training,
-        )
-        trained = {f"gates.{k}": v for k, v in gated.gates.state_dict().items()}
-        if not frozen:
-            trained |= {f"base.{k}": v for k, v in named_tensors(gated.base).tensors.items()}
-        stages.write("gates", trained)
-        if folder is not None and rank() == 0:
-            Checkpoints(folder).remove()
+    folder = stages.path("training")
+    given: dict[str, Any] = {
+        "loss": run.loss,
+        "holdout": run.holdout,
+        "seed": run.seed,
+        "on_epoch": note,
+        "regularizer": regularizer,
+    }
+    source = batches if run.augmented is None else run.augmented
+    tuned = finetune(
+        gated, source, folder=folder, resume=folder is not None, description=description, **given, **training
+    )
+    gated = cast(Gated, tuned)
+    trained = {f"gates.{k}": v for k, v in gated.gates.state_dict().items()}
+    if not frozen:
+        trained |= {f"base.{k}": v for k, v in named_tensors(gated.base).tensors.items()}
+    stages.write("gates", trained)
+    if folder is not None and rank() == 0:
+        Checkpoints(folder).remove()
     return (model if frozen else gated.base), gated.gates, reports
 
 
@@ -126,14 +158,6 @@ def _fill(gated: Gated, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name.startswith("base."):
                 own[name.removeprefix("base.")].copy_(tensor)
-
-
-def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as values that JSON holds; functions are known by their name."""
-    plain = (bool, int, float, str, type(None))
-    return {
-        k: v if isinstance(v, plain) else getattr(v, "__qualname__", type(v).__qualname__) for k, v in settings.items()
-    }
 
 
 def check_data(name: str, batches: Iterable[Any] | None) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,30 +13,30 @@ from attrim.core.budget import Budget
 from attrim.core.channels import ChannelMap
 from attrim.core.scores import Scores
 from attrim.errors import InputError
+from attrim.methods.attention import AttentionStatistics
 from attrim.methods.gate_training import (
+    GateRun,
     Shaping,
     attention_note,
     check_data,
     first_batch,
     gate_notes,
-    plain_settings,
     read_once,
     trained_gates,
 )
 from attrim.methods.outcome import MethodOutcome
-from attrim.methods.ratio import plan_within
-from attrim.methods.stages import Stages
+from attrim.methods.ratio import check_reach, check_size, plan_within
 from attrim.modules.gates import Gates
+from attrim.modules.gates.kinds import Kind
 from attrim.modules.gates.places import Point, Policy
-from attrim.recover.keeper import weights_digest
 from attrim.recover.recipe import Loss, Optimizer
 
-__all__ = ["pcas"]
+__all__ = ["PcasOptions", "pcas"]
 
 Act = Literal["double", "sigmoid", "softmax"]
 End = Literal["drop", "fold"]
 
-_KINDS = {"double": "se", "sigmoid": "sigmoid", "softmax": "softmax"}
+_KINDS: Mapping[str, Kind] = {"double": "se", "sigmoid": "sigmoid", "softmax": "softmax"}
 
 
 def pcas(
@@ -77,7 +78,8 @@ def pcas(
 
     Certain from the paper: scores are attention statistics, one ratio for the network; from the authors' patent: the base
     is frozen, small values go, the loop of attention, prune and train. The gate's form, the mean as the statistic, the
-    ranking rule, the treatment of residual streams and every number are our reading (``docs/methods/pcas.md``).
+    ranking rule, the treatment of residual streams and every number are our reading (``docs/methods/pcas.md``). Pruning
+    step by step is ``attrim.prune_rounds(..., method="pcas", rounds=3)``.
 
     Args:
         model: a trained network. Not changed.
@@ -85,27 +87,8 @@ def pcas(
         batches: training data, with labels unless ``loss`` needs none; gone through several times. The statistics are read
             from them, so they should not be augmented.
         budget: what may be kept; the threshold that just meets it is found by bisection.
-        loss: ``(outputs, batch) -> scalar`` instead of cross entropy.
-        folder: checkpoints of the training, the trained gates and the statistics are kept there. None keeps nothing.
-        resume: go on with the run in ``folder``; finished stages are read.
-        seed: of the gates' weights and the training.
-        holdout: labelled batches whose accuracy is reported after every epoch; they decide nothing.
-        on_epoch: called with the figures of every epoch of the training.
-        augmented: batches to train the gates on, instead of ``batches``.
         ratio: fraction of the channels that goes, as in the paper, instead of limits in the budget.
-        policy: ``internal`` scores what stays inside residual blocks, ``tied`` residual streams as well, one score a
-            stream.
-        act: ``double`` (twice the sigmoid, the identity at the beginning), ``sigmoid`` (begins at 0.95) or ``softmax``
-            (scaled: the mean attention of each layer is 1).
-        tap: where gates hang: ``post`` (behind the activation), ``pre`` (behind the norm), ``conv``.
-        shared: one gate for all branches of a stream.
-        hidden: width inside a gate; None for ``max(8, size // 16)``.
-        reduction: ``mean`` or ``max`` over the branches of a stream.
-        end: ``drop`` the gates, or ``fold`` their mean attention into the weights that are then cut.
-        epochs, lr, optimizer, momentum, weight_decay: of the training of the gates.
-        penalty: weight of the mean attention in the loss.
-        sharpness: factor of the logits under the softmax at the end of the training; it begins at 1.
-        samples: read the statistics from so many samples; None reads all.
+        others: see :class:`PcasOptions` and :class:`attrim.methods.gate_training.GateRun`.
 
     Returns:
         The plan, the network to cut, scores, gates, and ``statistics["attention"]``.
@@ -122,77 +105,114 @@ def pcas(
         >>> outcome = pcas(model, channels, loader, budget=attrim.Budget(macs=0.5), epochs=2)
         >>> small = attrim.apply(outcome.model_to_cut, outcome.plan)
     """
-    settings = {k: v for k, v in locals().items() if k not in _ASIDE}
-    _check(act, end, policy, reduction, penalty, sharpness)
+    given = locals()
+    options = PcasOptions(**{f.name: given[f.name] for f in fields(PcasOptions)})
+    run = GateRun(**{f.name: given[f.name] for f in fields(GateRun)})
+    options.check()
+    check_size(budget, ratio)
     data = check_data("pcas", batches)
-    stages = Stages(folder, {"method": "pcas", "weights": weights_digest(model), **plain_settings(settings)}, resume)
-    gates = Gates(
-        model,
-        channels,
-        _KINDS[act],  # type: ignore[arg-type]
-        policy=policy,
-        shared=shared,
-        point=tap,
-        hidden=hidden,
-        seed=seed,
-        example=first_batch(data),
-    )
-    stages.begin()
-    _, gates, reports = trained_gates(
-        model,
-        gates,
-        data if augmented is None else augmented,
-        stages,
-        frozen=True,
-        loss=loss,
-        seed=seed,
-        holdout=holdout,
-        on_epoch=on_epoch,
-        regularizer=Shaping(penalty, sharpness) if penalty or act == "softmax" else None,
-        description="training gates",
-        epochs=epochs,
-        lr=lr,
-        optimizer=optimizer,
-        momentum=momentum,
-        weight_decay=weight_decay,
-    )
-    statistics = read_once(stages, model, gates, data, samples)
+    gates, statistics, log = _attention(model, channels, data, options, run, None if ratio is not None else budget)
     scores = Scores(statistics.score(reduction), "pcas")
     plan = plan_within(channels, scores, budget, ratio)
     base = model if end == "drop" else gates.fold(model, statistics.factors())
-    return MethodOutcome(
-        plan, base, scores, (*gate_notes(gates, reports), attention_note(statistics)), gates, {"attention": statistics}
+    return MethodOutcome(plan, base, scores, log, gates, {"attention": statistics})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PcasOptions:
+    """What PCAS can be told.
+
+    Attributes:
+        policy: ``internal`` scores what stays inside residual blocks, ``tied`` residual streams as well, one score a
+            stream.
+        act: ``double`` (twice the sigmoid, the identity at the beginning), ``sigmoid`` (begins at 0.95) or ``softmax``
+            (scaled: the mean attention of each layer is 1).
+        tap: where gates hang: ``post`` (behind the activation), ``pre`` (behind the norm), ``conv``.
+        shared: one gate for all branches of a stream.
+        hidden: width inside a gate; None for ``max(8, size // 16)``.
+        reduction: ``mean`` or ``max`` over the branches of a stream.
+        end: ``drop`` the gates, or ``fold`` their mean attention into the weights that are then cut.
+        epochs, lr, optimizer, momentum, weight_decay: of the training of the gates.
+        penalty: weight of the mean attention in the loss.
+        sharpness: factor of the logits under the softmax at the end of the training; it begins at 1.
+        samples: read the statistics from so many samples; None reads all.
+    """
+
+    policy: Policy
+    act: Act
+    tap: Point
+    shared: bool
+    hidden: int | None
+    reduction: Literal["mean", "max"]
+    end: End
+    epochs: int
+    lr: float
+    optimizer: Optimizer
+    momentum: float
+    weight_decay: float
+    penalty: float
+    sharpness: float
+    samples: int | None
+
+    def check(self) -> None:
+        """Refuse what is out of its range.
+
+        Raises:
+            InputError: the option is named, with what was expected and found.
+        """
+        for name, known in (("act", get_args(Act)), ("end", get_args(End)), ("reduction", ("mean", "max"))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}: expected one of {', '.join(known)}, found {getattr(self, name)!r}.")
+        if self.policy == "input_select":
+            raise InputError(
+                "policy: 'input_select' keeps a residual stream whole and lets each block read a part of it, which needs "
+                "an index layer in the network; a plan only cuts. Use 'internal' or 'tied'."
+            )
+        for name in ("penalty", "sharpness"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+                raise InputError(f"{name}: expected a number >= 0, found {number!r}.")
+
+    def identity(self) -> dict[str, Any]:
+        """What gates and statistics depend on; ``reduction`` and ``end`` come after them."""
+        return {k: v for k, v in asdict(self).items() if k not in ("reduction", "end")}
+
+
+def _attention(
+    model: nn.Module,
+    channels: ChannelMap,
+    data: Iterable[Any],
+    options: PcasOptions,
+    run: GateRun,
+    budget: Budget | None,
+) -> tuple[Gates, AttentionStatistics, tuple[Mapping[str, Any], ...]]:
+    """Trained gates, what they say about the data, and the log."""
+    stages = run.stages("pcas", model, options.identity())
+    gates = Gates(
+        model,
+        channels,
+        _KINDS[options.act],
+        policy=options.policy,
+        shared=options.shared,
+        point=options.tap,
+        hidden=options.hidden,
+        seed=run.seed,
+        example=first_batch(data),
     )
-
-
-_ASIDE = (
-    "model",
-    "channels",
-    "batches",
-    "budget",
-    "folder",
-    "resume",
-    "holdout",
-    "on_epoch",
-    "augmented",
-    "ratio",
-    "end",
-)
-
-
-def _check(act: str, end: str, policy: str, reduction: str, penalty: float, sharpness: float) -> None:
-    for name, value, known in (
-        ("act", act, get_args(Act)),
-        ("end", end, get_args(End)),
-        ("reduction", reduction, ("mean", "max")),
-    ):
-        if value not in known:
-            raise InputError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
-    if policy == "input_select":
-        raise InputError(
-            "policy: 'input_select' keeps a residual stream whole and lets each block read a part of it, which needs an "
-            "index layer in the network; a plan only cuts. Use 'internal' or 'tied'."
-        )
-    for name, number in (("penalty", penalty), ("sharpness", sharpness)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
-            raise InputError(f"{name}: expected a number >= 0, found {number!r}.")
+    check_reach(channels, gates.places, budget)
+    stages.begin()
+    shaped = options.penalty or options.act == "softmax"
+    training = {name: getattr(options, name) for name in ("epochs", "lr", "optimizer", "momentum", "weight_decay")}
+    _, gates, reports = trained_gates(
+        model,
+        gates,
+        data,
+        stages,
+        run,
+        frozen=True,
+        regularizer=Shaping(options.penalty, options.sharpness) if shaped else None,
+        description="training gates",
+        **training,
+    )
+    statistics = read_once(stages, model, gates, data, options.samples)
+    return gates, statistics, (*gate_notes(gates, reports), attention_note(statistics))

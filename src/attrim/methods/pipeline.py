@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -13,11 +14,13 @@ from attrim.core.channels import ChannelMap
 from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import InputError, VerificationError
+from attrim.methods.outcome import MethodOutcome
+from attrim.methods.scoring import run_method, score
+from attrim.methods.table import METHODS
 from attrim.modules.repair import Repair
 from attrim.recover.evaluate import evaluate
 from attrim.recover.finetune import finetune
 from attrim.recover.free import free_recovery
-from attrim.score.api import score
 from attrim.search.allocate import allocate
 from attrim.surgery.cut import apply
 from attrim.trace.capture import Analysis, analyse
@@ -50,6 +53,7 @@ class PruneResult:
         steps: what was done, in order, each with its name and figures; with ``accuracy`` (top-1, on ``holdout``) where
             labels were at hand.
         channels: the channel map of the original.
+        outcome: what a method (``pcas``, …) gave: scores, gates, statistics; None for a criterion.
     """
 
     model: nn.Module
@@ -59,6 +63,7 @@ class PruneResult:
     verification: Verification | None
     channels: ChannelMap
     steps: tuple[Mapping[str, Any], ...] = field(default=())
+    outcome: MethodOutcome | None = None
 
     def __str__(self) -> str:
         return f"{self.plan.summary()}\n{'not verified' if self.verification is None else self.verification}"
@@ -69,7 +74,7 @@ def prune(
     example_inputs: Any,
     *,
     method: Method = "l2",
-    budget: Budget,
+    budget: Budget | None = None,
     data: Iterable[Any] | None = None,
     recover: Literal["free", "finetune"] | None = None,
     holdout: Iterable[Any] | None = None,
@@ -86,9 +91,10 @@ def prune(
     Args:
         model: a trained network. Never changed.
         example_inputs: as for :func:`attrim.trace`.
-        method: a criterion's name (see ``attrim methods``) or a callable ``(model, channels, batches) -> Scores``.
-        budget: what may be kept.
-        data: batches for criteria that need them and for recovery: ``(inputs, labels)`` pairs, or inputs alone.
+        method: the name of a criterion or a method (see ``attrim methods``) or a callable ``(model, channels, batches) ->
+            Scores``. A method such as ``pcas`` trains its own gates on ``data`` and may train the network before it is cut.
+        budget: what may be kept. Some methods take a ratio of their own instead.
+        data: batches for what needs them and for recovery: ``(inputs, labels)`` pairs, or inputs alone.
         recover: None; ``"free"`` refits the layers to the original by least squares, without labels or training
             (:func:`attrim.recover.free_recovery`); ``"finetune"`` does the same, then trains on ``data`` with the original
             as teacher (:func:`attrim.recover.finetune`).
@@ -97,7 +103,8 @@ def prune(
         training: options of the fine-tuning, for example ``{"epochs": 10, "lr": 0.02}``.
         verify: prove the cut before recovery.
         repairs: attribute repairs for your own module types, see :data:`attrim.REPAIRS`.
-        options: of the criterion, for example ``reduction="max"``.
+        options: of the criterion or the method, for example ``reduction="max"``; a method also takes ``loss``, ``seed``,
+            ``augmented``, and ``folder`` with ``resume`` for its stages.
 
     Raises:
         BudgetError, CriterionError, InputError, TraceError: as the single steps do.
@@ -109,41 +116,36 @@ def prune(
     """
     _check(recover, data, training)
     analysis = analyse(model, example_inputs)
-    small, plan, channels = _cut(model, analysis, method, budget, data, options, repairs)
+    made = _cut(model, analysis, method, budget, data, options, repairs)
     steps: list[Mapping[str, Any]] = []
     note = _Notes(steps, holdout)
     if holdout is not None:
         note("dense", model)
-    note("cut", small, criterion=plan.provenance["criterion"])
+    made.tell(note, model)
     check = None
     if verify:
-        check = verify_plan(model, small, plan, example_inputs, analysis=analysis)
+        check = made.proof(model, analysis, example_inputs)
         if not check.ok:
             steps.append({"step": "rolled back", "reason": str(check)})
             analysis = analyse(model, example_inputs, check=True)
-            small, plan, channels = _cut(model, analysis, method, budget, data, options, repairs)
-            check = verify_plan(model, small, plan, example_inputs, analysis=analysis)
+            again = {**options, "folder": str(Path(options["folder"]) / "again")} if options.get("folder") else options
+            made = _cut(model, analysis, method, budget, data, again, repairs)
+            check = made.proof(model, analysis, example_inputs)
         if not check.ok:
             raise VerificationError(
                 f"the pruned network is not the masked original, so it was thrown away: {check}. Freeze the tensors named "
                 "here with Budget(frozen=...), and please report the network."
             )
         steps.append({"step": "verify", "ok": True, "exact": check.exact, "max_error": check.max_error})
+    small = made.small
     if recover is not None and data is not None:
-        small = free_recovery(model, small, plan, data, on_step=lambda name, net, figures: note(name, net, **figures))
+        small = free_recovery(
+            made.base, small, made.plan, data, on_step=lambda name, net, figures: note(name, net, **figures)
+        )
         if recover == "finetune":
             small = finetune(small, data, **{"teacher": model, **(training or {})})
             note("finetune", small)
-    p = plan.provenance
-    return PruneResult(
-        model=small,
-        plan=plan,
-        before=Cost(p["macs_before"], p["params_before"], p["channels_before"]),
-        after=Cost(p["macs_after"], p["params_after"], p["channels_after"]),
-        verification=check,
-        channels=channels,
-        steps=tuple(steps),
-    )
+    return made.result(small, check, steps)
 
 
 def _check(recover: str | None, data: Any, training: Mapping[str, Any] | None) -> None:
@@ -173,16 +175,59 @@ class _Notes:
         self.steps.append({"step": step, **figures})
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """A network cut by a plan, and what it was cut from."""
+
+    base: nn.Module
+    small: nn.Module
+    plan: PruningPlan
+    channels: ChannelMap
+    outcome: MethodOutcome | None
+
+    def tell(self, note: _Notes, model: nn.Module) -> None:
+        """Write down how the cut came about."""
+        if self.outcome is not None:
+            note.steps.extend(self.outcome.log)
+            if self.base is not model:
+                note("trained", self.base)
+        note("cut", self.small, criterion=self.plan.provenance["criterion"])
+
+    def result(self, network: nn.Module, check: Verification | None, steps: list[Mapping[str, Any]]) -> PruneResult:
+        """Everything together; ``network`` is the recovered one."""
+        p = self.plan.provenance
+        return PruneResult(
+            model=network,
+            plan=self.plan,
+            before=Cost(p["macs_before"], p["params_before"], p["channels_before"]),
+            after=Cost(p["macs_after"], p["params_after"], p["channels_after"]),
+            verification=check,
+            channels=self.channels,
+            steps=tuple(steps),
+            outcome=self.outcome,
+        )
+
+    def proof(self, model: nn.Module, analysis: Analysis, example_inputs: Any) -> Verification:
+        """The cut network against the masked one that it was cut from."""
+        known = analysis if self.base is model else None
+        return verify_plan(self.base, self.small, self.plan, example_inputs, analysis=known)
+
+
 def _cut(
     model: nn.Module,
     analysis: Analysis,
     method: Method,
-    budget: Budget,
+    budget: Budget | None,
     data: Iterable[Any] | None,
     options: Mapping[str, Any],
     repairs: Mapping[type[nn.Module], Repair] | None,
-) -> tuple[nn.Module, PruningPlan, ChannelMap]:
+) -> _Cut:
     channels = analysis.channel_map()
-    scores = score(model, channels, method, data, **options)
-    plan = allocate(channels, scores, budget)
-    return apply(model, plan, repairs=repairs), plan, channels
+    if isinstance(method, str) and method in METHODS:
+        outcome = run_method(METHODS[method], model, channels, data, budget=budget, **options)
+        small = apply(outcome.model_to_cut, outcome.plan, repairs=repairs)
+        return _Cut(outcome.model_to_cut, small, outcome.plan, channels, outcome)
+    if budget is None:
+        raise InputError("how small? Pass budget=attrim.Budget(macs=0.5); that keeps half of the multiply-adds.")
+    plan = allocate(channels, score(model, channels, method, data, **options), budget)
+    return _Cut(model, apply(model, plan, repairs=repairs), plan, channels, None)

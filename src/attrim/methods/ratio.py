@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 
 import numpy as np
+import torch
 
 from attrim.core.budget import Budget
 from attrim.core.channels import ChannelMap
 from attrim.core.cost import IntArray
 from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
-from attrim.errors import BudgetError, InputError
+from attrim.errors import AttrimWarning, BudgetError, InputError
 from attrim.search.allocate import allocate
 from attrim.search.decide import plan_from_kept
 from attrim.search.limits import candidates
 
-__all__ = ["plan_by_ratio", "plan_within"]
+__all__ = ["check_reach", "check_size", "plan_by_ratio", "plan_within"]
 
 PAPER_FLOOR = 0.05
 """Fraction of every group that stays when only a ratio is given."""
@@ -42,8 +45,7 @@ def plan_by_ratio(channels: ChannelMap, scores: Scores, ratio: float, budget: Bu
         The global threshold of Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017;
         for PCAS this is our reading.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise BudgetError(f"ratio: expected the fraction of channels that goes, in [0, 1), found {ratio!r}.")
+    check_size(None, ratio)
     rules = budget or Budget(channels=1.0, min_keep=PAPER_FLOOR)
     free = candidates(channels, scores, rules)
     values = [scores.values[name].numpy() for name in free]
@@ -68,12 +70,26 @@ def plan_within(channels: ChannelMap, scores: Scores, budget: Budget | None, rat
     Raises:
         InputError: neither, or a ratio beside limits that say something else.
     """
+    check_size(budget, ratio)
+    if ratio is None:
+        return allocate(channels, scores, budget or Budget(channels=1.0))
+    return plan_by_ratio(channels, scores, ratio, budget)
+
+
+def check_size(budget: Budget | None, ratio: float | None) -> None:
+    """Refuse a size that is not given, given twice, or out of its range; before anything is trained.
+
+    Raises:
+        InputError, BudgetError: as :func:`plan_within`.
+    """
     if ratio is None:
         if budget is None:
             raise InputError(
                 "how small? Pass budget=attrim.Budget(macs=0.5), or ratio=0.5, the fraction of channels to remove."
             )
-        return allocate(channels, scores, budget)
+        return
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise BudgetError(f"ratio: expected the fraction of channels that goes, in [0, 1), found {ratio!r}.")
     if budget is not None:
         other = budget.macs is not None or budget.params is not None
         if other or budget.channels is None or abs(budget.channels - (1 - ratio)) > 1e-9:
@@ -81,7 +97,14 @@ def plan_within(channels: ChannelMap, scores: Scores, budget: Budget | None, rat
                 f"ratio={ratio:g} removes that fraction of the channels, and the budget says something else. Leave one out, "
                 f"or pass Budget(channels={1 - ratio:g}, ...), whose floors then hold."
             )
-    return plan_by_ratio(channels, scores, ratio, budget)
+
+
+def check_reach(channels: ChannelMap, groups: Iterable[str], budget: Budget | None) -> None:
+    """Raise now what :func:`attrim.allocate` would raise after all the training: that ``groups`` cannot meet the budget."""
+    if budget is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AttrimWarning)
+            allocate(channels, Scores({id: torch.arange(channels[id].size) for id in groups}, "reach"), budget)
 
 
 def _mind_floor(values: np.ndarray, gone: np.ndarray, rules: Budget) -> IntArray:

@@ -15,7 +15,7 @@ from attrim.core.channels import ChannelMap
 from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import BudgetError
-from attrim.score.api import score
+from attrim.methods.scoring import score
 
 __all__ = ["COSTS", "Floors", "RoundBudget", "Schedule", "budget_of_round", "kept_after"]
 
@@ -44,8 +44,9 @@ class Floors:
     """Fewest channels of each group, in terms of the original.
 
     :func:`attrim.allocate` asks a budget for floors by width alone, but groups of one width now may have had different
-    widths in the beginning. Where all channels are ranked together (scope ``global``) the lower floor is asked for and
-    the channels below the true one are scored above all others, so that they go last; otherwise the higher one holds.
+    widths in the beginning. There are two ways around it. *Lifted*: the lower floor is asked for, and the channels below
+    the true one are scored above all others, so that they go last; exact where all channels are ranked together (scope
+    ``global``). *Raised*: the higher floor holds for all groups of that width, which may put a budget out of reach.
 
     Attributes:
         budget: of the whole run.
@@ -68,9 +69,14 @@ class Floors:
         least, multiple = self.budget.floor(self.sizes.get(group, size)), self.budget.multiple_of
         return min(size, -(-least // multiple) * multiple)
 
-    def by_width(self) -> dict[str, int]:
+    @property
+    def ways(self) -> tuple[bool, ...]:
+        """Whether to lift, in the order in which it is tried."""
+        return (True,) if self.budget.scope == "global" else (False, True)
+
+    def by_width(self, lifted: bool) -> dict[str, int]:
         """Width now -> floor, for :class:`RoundBudget`."""
-        choose = min if self.budget.scope == "global" else max
+        choose = min if lifted else max
         found: dict[str, list[int]] = {}
         for name, width in self.now.items():
             found.setdefault(str(width), []).append(self.budget.floor(self.sizes[name]))
@@ -82,8 +88,7 @@ class Floors:
         """A criterion that scores as ``method`` does, and lifts what must stay above everything else."""
 
         def guarded(model: nn.Module, channels: ChannelMap, batches: Iterable[Any] | None) -> Scores:
-            scores = score(model, channels, method, batches, **options)
-            return self._lifted(scores) if self.budget.scope == "global" else scores
+            return self._lifted(score(model, channels, method, batches, **options))
 
         return guarded
 
@@ -131,6 +136,8 @@ def budget_of_round(
     number: int,
     rounds: int,
     schedule: Schedule,
+    *,
+    lifted: bool = True,
 ) -> Budget | None:
     """What round ``number`` (from 1) may keep of the network as it is now; None when it is small enough already.
 
@@ -138,6 +145,7 @@ def budget_of_round(
         budget: of the whole run.
         plan: what has been cut so far, with its costs.
         number, rounds, schedule: see :func:`kept_after`.
+        lifted: how floors are said, see :class:`Floors`.
     """
     limits: dict[str, float | None] = {}
     for name in COSTS:
@@ -151,4 +159,4 @@ def budget_of_round(
     if all(kept is None or kept >= 1 for kept in limits.values()):
         return None
     fields = {f.name: getattr(budget, f.name) for f in dataclasses.fields(Budget)}
-    return RoundBudget(**{**fields, **limits}, floors=Floors.after(budget, plan).by_width())
+    return RoundBudget(**{**fields, **limits}, floors=Floors.after(budget, plan).by_width(lifted))
