@@ -181,6 +181,7 @@ def test_the_trainer_takes_each_process_its_share():
 
 INTERRUPTED = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path[:0] = [{folder!r}]
 from test_loader import batches
 source = batches(4000, workers=2)
