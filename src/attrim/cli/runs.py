@@ -23,15 +23,15 @@ __all__ = ["CONFIG_FILE", "Run"]
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 _FILES = (CONFIG_FILE, METRICS_FILE, PLAN_FILE, WEIGHTS_FILE)
-_CUT, _TRAINING, _ROUNDS = "cut", "training", "rounds"
+_CUT, _TRAINING, _ROUNDS, _METHOD = "cut", "training", "rounds", "method"
 
 
 class Run:
     """One run's folder. Made at the first write, so that a refused command leaves nothing behind.
 
     The result is ``config.yaml``, ``metrics.jsonl``, ``plan.json`` and ``model.safetensors``. While a run is under way
-    ``cut/`` holds the verified network, ``rounds/`` those of finished rounds and ``training/`` the checkpoints; all are
-    gone at the end. Of several processes only the main one writes.
+    ``cut/`` holds the verified network, ``rounds/`` those of finished rounds, ``method/`` the finished stages of a method
+    and ``training/`` the checkpoints; all but ``method/`` (gates and statistics) are gone at the end. Of several processes only the main one writes.
 
     Args:
         folder: where the files go; other files in it are left alone.
@@ -78,10 +78,17 @@ class Run:
         return self.folder / _ROUNDS
 
     @property
+    def method(self) -> Path:
+        """Where a method keeps its stages."""
+        return self.folder / _METHOD
+
+    @property
     def unfinished(self) -> bool:
         """Whether there is something to go on with."""
         begun = self.rounds.is_dir() and any(self.rounds.iterdir())
-        return (self.cut / PLAN_FILE).exists() or begun or bool(Checkpoints(self.training).files())
+        if (self.cut / PLAN_FILE).exists() or begun or bool(Checkpoints(self.training).files()):
+            return True
+        return self.method.is_dir() and not any(line["step"] == "final" for line in self.lines())
 
     @property
     def finished(self) -> bool:
@@ -124,7 +131,7 @@ class Run:
         """Clear an earlier run and write down every setting of this one."""
         if not is_main():
             return
-        for folder in (self.cut, self.rounds, self.training):
+        for folder in (self.cut, self.rounds, self.method, self.training):
             shutil.rmtree(folder, ignore_errors=True)
         for name in _FILES:
             (self.folder / name).unlink(missing_ok=True)

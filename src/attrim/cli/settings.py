@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attrim.core.budget import Budget, Scope
 from attrim.errors import InputError
+from attrim.methods.table import METHODS
 
 __all__ = ["PruneSettings", "keep_on", "merge", "parse_options"]
 
@@ -61,6 +62,13 @@ class PruneSettings(BaseModel):
     seed: int = 0
     out: str
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _every_option(self) -> PruneSettings:
+        """The options of a method, with those that were not given, so that the run's file holds all of them."""
+        if self.method in METHODS:
+            self.option = {**METHODS[self.method].options, **self.option}
+        return self
 
     def budget(self) -> Budget:
         """The limits as attrim's own noun.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from attrim.cli.figures import measure
 from attrim.cli.inputs import example, image_shape, pick_device
+from attrim.cli.method_work import AGAIN, base_is_needed, in_method, method_options, plain_batches, sized_by_option
 from attrim.cli.models import Built, build
 from attrim.cli.runs import Run
 from attrim.cli.screen import is_main, note, say, show
@@ -23,6 +24,7 @@ from attrim.core.plan import PruningPlan
 from attrim.errors import AttrimError, InputError
 from attrim.methods.pipeline import Cost, PruneResult, prune
 from attrim.methods.rounds import prune_rounds
+from attrim.methods.table import METHODS
 from attrim.recover import ImageData, evaluate, finetune, free_recovery, open_data, recalibrate
 from attrim.recover.data import Split
 from attrim.score import CRITERIA
@@ -43,18 +45,23 @@ class Before:
 
 def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
     """Carry out one run of ``attrim prune``, or go on with it."""
-    budget = settings.budget()
+    budget = None if sized_by_option(settings) else settings.budget()
+    if settings.rounds > 1 and budget is None:
+        raise InputError(
+            "--rounds needs a size that holds for the original: --keep-macs, --keep-params or --keep-channels."
+        )
     if settings.data is None and settings.finetune_epochs:
         raise InputError("--finetune-epochs needs images to train on. Add --data PATH.")
-    criterion = CRITERIA.get(settings.method)
-    if criterion is not None and criterion.needs_data and settings.data is None:
+    known = CRITERIA.get(settings.method) or METHODS.get(settings.method)
+    if known is not None and known.needs_data and settings.data is None:
         raise InputError(f"--method {settings.method} reads images. Add --data PATH, or choose one of: {_dataless()}.")
     run = Run(settings.out, overwrite=settings.overwrite, resume=resume)
     if resume and run.finished:
         say(f"the run in {run.folder} is finished")
         return
-    goes_on = resume and (run.cut / PLAN_FILE).exists()
+    goes_on = resume and (run.cut / PLAN_FILE).exists() and not base_is_needed(settings, run)
     in_rounds = resume and not goes_on and run.rounds.is_dir()
+    begun = in_rounds
     start, settings = _prepare(settings)
     if goes_on:
         run.reopen(again=("finetune", "finetuned", "final", "failed"))
@@ -62,12 +69,18 @@ def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
     elif in_rounds:
         run.reopen(again=("dense", "cut", "failed"))
         note(f"going on with the rounds in {run.folder}")
+    elif begun := resume and in_method(settings, run):
+        run.reopen(again=AGAIN)
+        note(f"going on with {settings.method} in {run.folder}")
     else:
         run.start(settings.model_dump(mode="json", exclude={"overwrite"}))
         run.log("start", attrim=version("attrim"), torch=torch.__version__, device=settings.device)
     try:
-        plan, small = _read_cut(run, start) if goes_on else _cut(run, settings, budget, start, resume=in_rounds)
-        small = recover(run, settings, start, plan, small)
+        if goes_on:
+            base, (plan, small) = start.dense, _read_cut(run, start)
+        else:
+            base, plan, small = _cut(run, settings, budget, start, resume=begun)
+        small = recover(run, settings, replace(start, dense=base), plan, small)
         save_main(small, plan, run)
         _report(run, start, plan, small)
         run.close()
@@ -77,22 +90,29 @@ def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
 
 
 def _cut(
-    run: Run, settings: PruneSettings, budget: Budget, start: Before, *, resume: bool
-) -> tuple[PruningPlan, nn.Module]:
+    run: Run, settings: PruneSettings, budget: Budget | None, start: Before, *, resume: bool
+) -> tuple[nn.Module, PruningPlan, nn.Module]:
+    """What was cut from (the network, or what a method has made of it), the plan, and the smaller network."""
     if start.images is not None:
         judge(run, "dense", start.dense, start.images)
     begin = time.monotonic()
     result = _pruned(run, settings, budget, start, resume)
+    outcome = result.outcome
+    for line in () if outcome is None else outcome.log:
+        if line["step"] != "gate training":
+            run.log(**line)
     judge(run, "cut", result.model, start.images, **_cut_figures(result, time.monotonic() - begin))
     if settings.finetune_epochs:
         _keep_cut(run, result.model, result.plan)
-    return result.plan, result.model
+    return start.dense if outcome is None else outcome.model_to_cut, result.plan, result.model
 
 
-def _pruned(run: Run, settings: PruneSettings, budget: Budget, start: Before, resume: bool) -> PruneResult:
+def _pruned(run: Run, settings: PruneSettings, budget: Budget | None, start: Before, resume: bool) -> PruneResult:
     """The cut, at once or in rounds with a recovery after each."""
     options: dict[str, Any] = {"method": settings.method, "budget": budget, **_method_options(settings)}
     images = start.images
+    if settings.method in METHODS:
+        options |= method_options(settings, run, images, resume)
     if settings.rounds == 1:
         data = None if images is None else images.batches("train")
         return prune(start.dense, start.example, data=data, **options)
@@ -100,7 +120,7 @@ def _pruned(run: Run, settings: PruneSettings, budget: Budget, start: Before, re
         start.dense,
         start.example,
         rounds=settings.rounds,
-        data=None if images is None else images.batches("train", augment="light", shuffle=True),
+        data=_round_batches(settings, images),
         recover="free" if settings.recover == "free" and images is not None else None,
         folder=run.rounds,
         resume=resume,
@@ -110,6 +130,13 @@ def _pruned(run: Run, settings: PruneSettings, budget: Budget, start: Before, re
         ),
         **options,
     )
+
+
+def _round_batches(settings: PruneSettings, images: ImageData | None) -> Any:
+    """A method reads attention from plain images and trains on augmented ones; all else sees augmented ones."""
+    if images is None or settings.method in METHODS:
+        return plain_batches(images)
+    return images.batches("train", augment="light", shuffle=True)
 
 
 def _keep_cut(run: Run, small: nn.Module, plan: PruningPlan) -> None:

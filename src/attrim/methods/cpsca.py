@@ -107,10 +107,7 @@ def cpsca(
     budget = None if budget is None else dataclasses.replace(budget, scope="group")
     trained, gates, statistics, log = _attention(model, channels, data, run, budget, policy, samples, training)
     scores = Scores(statistics.score(), "cpsca")
-    if budget is not None:
-        plan = allocate(channels, scores, budget)
-    else:
-        plan = _by_ratios(channels, scores, ratios or {})
+    plan = _by_ratios(channels, scores, ratios or {}) if budget is None else allocate(channels, scores, budget)
     network = trained if base == "trained" else model
     return MethodOutcome(plan, network, scores, log, gates, {"attention": statistics})
 

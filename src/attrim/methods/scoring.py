@@ -57,9 +57,12 @@ def score(
         if name in options and name not in method.options:
             raise CriterionError(f"method '{method.name}' has no option '{name}'. {_known(method)}")
     normalize = options.pop("normalize", None)
-    scored = partial(_scores_of, method)
-    scored.__name__ = method.name  # type: ignore[attr-defined]
-    return score_by_criterion(model, channels, scored, batches, normalize=normalize, **options)
+    if options.get("end") == "fold":
+        raise CriterionError(
+            "end='fold' writes attention into the network that is cut, and scores alone cannot. Use attrim.prune, in one round."
+        )
+    scored = partial(_scores_of, method, options)
+    return score_by_criterion(model, channels, scored, batches, normalize=normalize)
 
 
 def run_method(
@@ -83,7 +86,7 @@ def run_method(
 
 
 def _scores_of(
-    method: Method, model: nn.Module, channels: ChannelMap, batches: Iterable[Any] | None, **options: Any
+    method: Method, options: Mapping[str, Any], model: nn.Module, channels: ChannelMap, batches: Iterable[Any] | None
 ) -> Scores:
     return run_method(method, model, channels, batches, budget=Budget(channels=1.0), **options).scores
 
