@@ -116,7 +116,7 @@ def read_attention(
         CriterionError: no sample. DataError: the model does not take the batches.
     """
     sums = _Sums(gates)
-    with undisturbed(model), torch.no_grad(), gates.attached(model, watch=sums.watch) as collected:
+    with undisturbed(model), torch.no_grad(), gates.attached(model, watch=sums.watch, inplace=True) as collected:
         for batch in stream(model, batches, name, samples=samples, show=progress):
             outputs = forward(model, batch)
             sums.add(collected, batch.size, batch.labels, lambda found=outputs: _classes(found))  # type: ignore[misc]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from attrim.errors import InputError
 from attrim.modules.gates.kinds import SpatialChannelGate
@@ -55,13 +57,17 @@ class Collected:
 
 @contextmanager
 def attach(
-    gates: Gates, model: nn.Module, fixed: Mapping[str, Tensor] | None, watch: Watch | None
+    gates: Gates, model: nn.Module, fixed: Mapping[str, Tensor] | None, watch: Watch | None, inplace: bool
 ) -> Iterator[Collected]:
     """Hang the gates into ``model``; nothing is left behind, also after an error."""
     modules = dict(model.named_modules())
     collected = Collected()
     handles: list[Any] = []
-    lines = [_Line(gates, place, collected, fixed, watch) for places in gates.places.values() for place in places]
+    lines = [
+        _Line(gates, place, collected, fixed, watch, inplace and _gives_its_own(modules, place))
+        for places in gates.places.values()
+        for place in places
+    ]
 
     def begin(module: nn.Module, args: Any) -> None:
         collected.clear()
@@ -102,8 +108,9 @@ class _Line:
         collected: Collected,
         fixed: Mapping[str, Tensor] | None,
         watch: Watch | None,
+        inplace: bool,
     ) -> None:
-        self.place, self.collected, self.watch = place, collected, watch
+        self.place, self.collected, self.watch, self.inplace = place, collected, watch, inplace
         self.gate = gates.gate_of(place)
         self.fixed = None if fixed is None else fixed.get(place.group)
         self.off = fixed is not None and self.fixed is None
@@ -153,14 +160,14 @@ class _Line:
         if self.fixed is not None:
             attention = self.fixed.to(x.device, x.dtype).expand(x.shape[0], -1) if self.fixed.ndim == 1 else self.fixed
             self.collected.add(place, None, attention, None)
-            return _scaled(x, attention, place)
+            return _scaled(x, attention, place, self.inplace)
         if isinstance(gate, SpatialChannelGate):
             return self._by_map(x, gate)
         pooled = _input_means(self.input, place) if gate.sees == "input" else channel_means(x, place)
         self.input = None
         logits, attention = gate(pooled)
         self.collected.add(place, logits, attention, None if gate.sees == "input" else pooled)
-        return _scaled(x, attention, place)
+        return _scaled(x, attention, place, self.inplace)
 
     def _by_map(self, x: Tensor, gate: SpatialChannelGate) -> Tensor:
         place = self.place
@@ -192,7 +199,7 @@ def _input_means(x: Tensor | None, place: Place) -> Tensor:
     return x.mean(axes) if axes else x
 
 
-def _scaled(x: Tensor, attention: Tensor, place: Place) -> Tensor:
+def _scaled(x: Tensor, attention: Tensor, place: Place, inplace: bool) -> Tensor:
     """``x`` times the attention ``(B, size)``, at the positions of the group."""
     width = x.shape[place.dim]
     if not _all_in_order(place, width):
@@ -202,7 +209,17 @@ def _scaled(x: Tensor, attention: Tensor, place: Place) -> Tensor:
         attention = spread.index_copy(1, index.reshape(-1), values)
     shape = [x.shape[0]] + [1] * (x.ndim - 1)
     shape[place.dim] = width
-    return x * attention.view(shape)
+    factors = attention.view(shape)
+    if inplace and not torch.is_grad_enabled():
+        return x.mul_(factors)  # a new tensor of this size costs more than the multiplication
+    return x * factors
+
+
+def _gives_its_own(modules: Mapping[str, nn.Module], place: Place) -> bool:
+    """Whether the gated module is one of torch's that never hands on a tensor that somebody else holds."""
+    module = modules.get(place.module)
+    fresh = isinstance(module, (_ConvNd, nn.Linear, _NormBase, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish))
+    return fresh and type(module).__module__.startswith("torch.nn.modules")
 
 
 def _all_in_order(place: Place, width: int) -> bool:

@@ -122,7 +122,12 @@ class Gates(nn.Module):
         return gate
 
     def attached(
-        self, model: nn.Module, *, fixed: Mapping[str, Tensor] | None = None, watch: Watch | None = None
+        self,
+        model: nn.Module,
+        *,
+        fixed: Mapping[str, Tensor] | None = None,
+        watch: Watch | None = None,
+        inplace: bool = False,
     ) -> AbstractContextManager[Collected]:
         """A block in which ``model`` runs with its gates; afterwards no hook is left, also after an error.
 
@@ -131,19 +136,23 @@ class Gates(nn.Module):
             fixed: group -> factors ``(size,)`` or ``(B, size)``, used instead of what the gates compute; groups that are
                 not named pass unchanged.
             watch: called with each place and its tensor, before it is gated.
+            inplace: overwrite outputs of torch's own modules where no gradients are recorded; faster, and only right if
+                nothing else (another hook) holds them.
 
         Raises:
             InputError: the gates are attached already, or the network has no such modules.
         """
-        return self._attach(model, fixed, watch)
+        return self._attach(model, fixed, watch, inplace)
 
     @contextmanager
-    def _attach(self, model: nn.Module, fixed: Mapping[str, Tensor] | None, watch: Watch | None) -> Iterator[Collected]:
+    def _attach(
+        self, model: nn.Module, fixed: Mapping[str, Tensor] | None, watch: Watch | None, inplace: bool
+    ) -> Iterator[Collected]:
         if self._attached:
             raise InputError("these gates are attached already, and would count twice. Leave the first block before.")
         self._attached = True
         try:
-            with attach(self, model, fixed, watch) as collected:
+            with attach(self, model, fixed, watch, inplace) as collected:
                 yield collected
         finally:
             self._attached = False
