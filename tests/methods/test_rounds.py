@@ -129,9 +129,27 @@ def test_groups_of_one_width_keep_floors_of_their_own() -> None:
     )  # fmt: skip
     assert widths(result) == {"layers.0": (40, 10), "layers.1": (12, 3)}
     first = Floors(Budget(macs=0.5, min_keep=0.25), {"a": 40, "b": 12}, {"a": 12, "b": 12})
-    assert (first.of("a", 12), first.of("b", 12), first.by_width()) == (10, 3, {"12": 3})
+    assert (first.of("a", 12), first.of("b", 12), first.by_width(lifted=True)) == (10, 3, {"12": 3})
+    assert first.by_width(lifted=False) == {"12": 10}
     grouped = Floors(Budget(macs=0.5, min_keep=0.25, scope="group"), first.sizes, first.now)
-    assert grouped.by_width() == {"12": 10}
+    assert (first.ways, grouped.ways) == ((True,), (False, True))
+
+
+@pytest.mark.parametrize("scope", ["global", "isomorphic"])
+def test_groups_that_meet_at_one_width_do_not_put_a_budget_out_of_reach(scope: Any) -> None:
+    """40 and 20 channels are 19 and 19 after the first round; 16 of both are left, floors are 10 and 5."""
+    seen = []
+
+    def ends(_model: nn.Module, now: attrim.ChannelMap, _data: Any) -> Scores:
+        top = {g.id: 100.0 * (torch.arange(g.size) >= g.size - 19) * (g.size > 19) for g in now}
+        return Scores({g.id: top[g.id] + torch.arange(g.size) + 50.0 * (g.id == "layers.0") for g in now}, "ends")
+
+    result = prune_rounds(
+        Chain(4, 40, 20, 3), image(2, 4), rounds=2, method=ends, schedule="linear",
+        budget=Budget(channels=0.267, min_keep=0.25, scope=scope), on_round=lambda _, part: seen.append(widths(part)),
+    )  # fmt: skip
+    assert seen[0] == {"layers.0": (40, 19), "layers.1": (20, 19)}
+    assert widths(result) == {"layers.0": (40, 11), "layers.1": (20, 5)}
 
 
 def test_multiples_and_frozen_groups_hold_in_every_round() -> None:

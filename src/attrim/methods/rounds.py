@@ -16,7 +16,7 @@ from attrim.core.budget import Budget
 from attrim.core.channels import ChannelMap
 from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
-from attrim.errors import AttrimWarning, InputError, VerificationError
+from attrim.errors import AttrimWarning, BudgetError, InputError, VerificationError
 from attrim.methods.pipeline import Cost, Method, PruneResult, prune
 from attrim.methods.round_budget import Floors, Schedule, budget_of_round
 from attrim.methods.round_store import RoundStore, identity
@@ -148,14 +148,26 @@ class _Run:
         set_epoch = getattr(self.given["data"], "set_epoch", None)
         if callable(set_epoch):
             set_epoch(0)
-        budget = budget_of_round(self.budget, plan, number, self.rounds, self.schedule)
-        if budget is None:
-            return None
         if plan is None:
+            budget = cast(Budget, budget_of_round(self.budget, None, number, self.rounds, self.schedule))
             return prune(network, self.example_inputs, method=self.method, budget=budget, **self.given, **self.options)
         floors = Floors.after(self.budget, plan)
-        guarded = floors.guard(self.method, self.options)
-        result = prune(network, self.example_inputs, method=guarded, budget=budget, **self.given)
+        for lifted in floors.ways:
+            relative = budget_of_round(self.budget, plan, number, self.rounds, self.schedule, lifted=lifted)
+            if relative is None:
+                return None
+            try:
+                return self._again(network, floors, relative, lifted)
+            except BudgetError:
+                if lifted == floors.ways[-1]:
+                    raise
+        return None
+
+    def _again(self, network: nn.Module, floors: Floors, budget: Budget, lifted: bool) -> PruneResult:
+        """A round after the first."""
+        method: Method = floors.guard(self.method, self.options) if lifted else self.method
+        options = {} if lifted else self.options
+        result = prune(network, self.example_inputs, method=method, budget=budget, **self.given, **options)
         floors.check(result.plan, result.channels)
         return result
 
