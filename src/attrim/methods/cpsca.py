@@ -105,9 +105,13 @@ def cpsca(
         raise InputError("cpsca: expected either budget=attrim.Budget(macs=0.5) or ratios={'layer1.*': 0.6, ...}.")
     data = check_data("cpsca", batches)
     budget = None if budget is None else dataclasses.replace(budget, scope="group")
-    trained, gates, statistics, log = _attention(model, channels, data, run, budget, policy, samples, training)
+
+    def plan_of(scores: Scores) -> PruningPlan:
+        return _by_ratios(channels, scores, ratios or {}) if budget is None else allocate(channels, scores, budget)
+
+    trained, gates, statistics, log = _attention(model, channels, data, run, plan_of, policy, samples, training)
     scores = Scores(statistics.score(), "cpsca")
-    plan = _by_ratios(channels, scores, ratios or {}) if budget is None else allocate(channels, scores, budget)
+    plan = plan_of(scores)
     network = trained if base == "trained" else model
     return MethodOutcome(plan, network, scores, log, gates, {"attention": statistics})
 
@@ -117,7 +121,7 @@ def _attention(
     channels: ChannelMap,
     data: Iterable[Any],
     run: GateRun,
-    budget: Budget | None,
+    plan_of: Callable[[Scores], PruningPlan],
     policy: Policy,
     samples: int | None,
     training: Mapping[str, Any],
@@ -125,7 +129,7 @@ def _attention(
     """The network and the gates that were trained together, what they say about the data, and the log."""
     stages = run.stages("cpsca", model, {"policy": policy, "samples": samples, **training})
     gates = Gates(model, channels, "sca", policy=policy, point="conv", seed=run.seed, example=first_batch(data))
-    check_reach(channels, gates.places, budget)
+    check_reach(channels, gates.places, plan_of)
     stages.begin()
     trained, gates, reports = trained_gates(
         model,

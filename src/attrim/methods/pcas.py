@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from attrim.core.budget import Budget
@@ -111,7 +112,7 @@ def pcas(
     options.check()
     check_size(budget, ratio)
     data = check_data("pcas", batches)
-    gates, statistics, log = _attention(model, channels, data, options, run, None if ratio is not None else budget)
+    gates, statistics, log = _attention(model, channels, data, options, run, budget, ratio)
     scores = Scores(statistics.score(reduction), "pcas")
     plan = plan_within(channels, scores, budget, ratio)
     base = model if end == "drop" else gates.fold(model, statistics.factors())
@@ -185,6 +186,7 @@ def _attention(
     options: PcasOptions,
     run: GateRun,
     budget: Budget | None,
+    ratio: float | None,
 ) -> tuple[Gates, AttentionStatistics, tuple[Mapping[str, Any], ...]]:
     """Trained gates, what they say about the data, and the log."""
     stages = run.stages("pcas", model, options.identity())
@@ -199,7 +201,9 @@ def _attention(
         seed=run.seed,
         example=first_batch(data),
     )
-    check_reach(channels, gates.places, budget)
+    check_reach(channels, gates.places, lambda scores: plan_within(channels, scores, budget, ratio))
+    if options.end == "fold":  # what cannot be folded is known before the training
+        gates.fold(model, {id: torch.ones(channels[id].size) for id in gates.places})
     stages.begin()
     shaped = options.penalty or options.act == "softmax"
     training = {name: getattr(options, name) for name in ("epochs", "lr", "optimizer", "momentum", "weight_decay")}

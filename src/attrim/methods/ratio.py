@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -99,12 +99,11 @@ def check_size(budget: Budget | None, ratio: float | None) -> None:
             )
 
 
-def check_reach(channels: ChannelMap, groups: Iterable[str], budget: Budget | None) -> None:
-    """Raise now what :func:`attrim.allocate` would raise after all the training: that ``groups`` cannot meet the budget."""
-    if budget is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AttrimWarning)
-            allocate(channels, Scores({id: torch.arange(channels[id].size) for id in groups}, "reach"), budget)
+def check_reach(channels: ChannelMap, groups: Iterable[str], plan_of: Callable[[Scores], PruningPlan]) -> None:
+    """Make a plan of made-up scores of ``groups`` now, so that what cannot be met is raised before all the training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AttrimWarning)
+        plan_of(Scores({id: torch.arange(channels[id].size) for id in groups}, "reach"))
 
 
 def _mind_floor(values: np.ndarray, gone: np.ndarray, rules: Budget) -> IntArray:
