@@ -10,7 +10,7 @@ from attrim.core.scores import Scores
 from attrim.errors import CriterionError, DataError, InputError
 from attrim.score import CRITERIA, Criterion, score
 
-NAMES = ["random", "l1", "l2", "lamp", "fpgm", "bn_scale", "taylor", "hrank", "obs", "refit"]
+NAMES = ["random", "l1", "l2", "lamp", "fpgm", "bn_scale", "taylor", "hrank", "obs", "refit", "arpruning"]
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_the_table_of_names() -> None:
     assert list(CRITERIA) == NAMES
-    assert [c.name for c in CRITERIA.values() if c.needs_data] == ["taylor", "hrank", "obs", "refit"]
+    assert [c.name for c in CRITERIA.values() if c.needs_data] == ["taylor", "hrank", "obs", "refit", "arpruning"]
     assert [c.name for c in CRITERIA.values() if c.needs_labels] == ["taylor"]
     assert all(c.summary and (c.source or c.name == "random") for c in CRITERIA.values())
     with pytest.raises(TypeError):
@@ -69,7 +69,7 @@ def test_a_dead_channel_scores_lowest(name, small, small_map, data) -> None:
     assert value[[0, 2]].min() > 0
 
 
-@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit"])
+@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit", "arpruning"])
 def test_everything_is_put_back_after_an_error(name, small, small_map, data) -> None:
     small.train()
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -97,7 +97,7 @@ class Counting(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit"])
+@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit", "arpruning"])
 def test_buffers_that_the_model_moves_itself_are_put_back(name, build, data) -> None:
     model = Counting(nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     members = [build.member("inner.0.weight:0", 3, "out"), build.member("inner.1.weight:1", 3, "in")]
@@ -108,7 +108,7 @@ def test_buffers_that_the_model_moves_itself_are_put_back(name, build, data) -> 
     assert model.last is last
 
 
-@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit"])
+@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit", "arpruning"])
 def test_it_works_where_gradients_are_off(name, small, small_map, data) -> None:
     expected = score(small, small_map(small), name, data).values["conv1"]
     with torch.no_grad():
@@ -127,13 +127,13 @@ def test_unknown_options_list_the_known_ones(small, small_map) -> None:
         score(small, small_map(small), "l2", role=("in",))
 
 
-@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit"])
+@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit", "arpruning"])
 def test_missing_data(name, small, small_map) -> None:
     with pytest.raises(CriterionError, match=rf"'{name}' needs data: an iterable of batches.*'{name}', loader"):
         score(small, small_map(small), name)
 
 
-@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit"])
+@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit", "arpruning"])
 @pytest.mark.parametrize("empty", [[], iter([]), [(torch.zeros(0, 2, 6, 6), torch.zeros(0).long())]])
 def test_empty_data(name, empty, small, small_map) -> None:
     with pytest.raises(CriterionError, match=rf"'{name}' needs data and `batches` yielded no sample"):
@@ -148,7 +148,7 @@ def test_one_batch_in_place_of_many(small, small_map, data) -> None:
         score(small, small_map(small), "obs", 3)
 
 
-@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit"])
+@pytest.mark.parametrize("name", ["taylor", "hrank", "obs", "refit", "arpruning"])
 def test_nan_weights(name, small, small_map, data) -> None:
     with torch.no_grad():
         small.conv2.weight[0, 0, 0, 0] = float("nan")

@@ -39,7 +39,7 @@ def score(
     Args:
         model: the traced network.
         channels: its map, from :func:`attrim.trace`.
-        criterion: a name (``random l1 l2 lamp fpgm bn_scale taylor hrank obs``), or any callable
+        criterion: a name (``random l1 l2 lamp fpgm bn_scale taylor hrank obs refit arpruning``), or any callable
             ``(model, channels, batches) -> Scores``; a mapping of group id to vector is accepted as well.
         batches: data for the criteria that need them: any iterable of tensors, ``(inputs, labels)`` pairs, or dicts.
         reduction: how the values of a group's members become one: ``mean sum max min first prod``. Default: the

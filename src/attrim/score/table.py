@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from attrim.score.attention_map import arpruning
 from attrim.score.fpgm import fpgm
 from attrim.score.hrank import hrank
 from attrim.score.kinds import Normalize, Reduction
@@ -110,6 +111,16 @@ _ALL = (
         "Hassibi & Stork, NIPS 1993; greedy order, place of comparison and price are ours",
         requires="consumers that multiply by a stored weight (convolution or matrix product)",
         reduction="sum",
+        normalize="none",
+    ),
+    Criterion(
+        "arpruning",
+        arpruning,
+        True,
+        False,
+        "change of the layer's attention map without the channel",
+        "Yuan et al., ARPruning, Neural Networks 174, 2024 (our reading)",
+        requires="a module of its own that shows its channels (with combine='bn_scale' also a norm with a scale)",
         normalize="none",
     ),
 )
