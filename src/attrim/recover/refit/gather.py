@@ -22,6 +22,9 @@ _MOST = 1024
 
 _LEAST = 32
 
+_WIDE, _LEAST_WIDE = 576, 8
+"""Above this many unknowns the rows for each become fewer, down to the second number: products grow with the square."""
+
 _HELD = 5
 """Every fifth sample judges the fit and takes no part in it."""
 
@@ -60,7 +63,9 @@ class Sampling:
         """
         total = unit.places * sum(self.sizes) // max(1, samples)
         like_layer = total * unit.block_outputs // max(1, unit.columns)
-        wanted = max(_FEWEST, min(_MOST * unit.columns, max(_LEAST * unit.columns, 4 * like_layer)))
+        least = min(_LEAST * unit.columns, max(_LEAST * _WIDE, _LEAST_WIDE * unit.columns))
+        like_layer *= 4 if unit.columns <= _WIDE else 1
+        wanted = max(_FEWEST, min(_MOST * unit.columns, max(least, like_layer)))
         width = 4 * (unit.columns * (unit.outputs // unit.block_outputs) + 3 * unit.outputs)
         return max(64, min(wanted, total, max(self.memory, 1 << 29) // (8 * width)))
 
