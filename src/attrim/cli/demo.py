@@ -21,6 +21,7 @@ from attrim.core.plan import PruningPlan
 from attrim.errors import InputError, MissingDependencyError, VerificationError
 from attrim.methods.pipeline import PruneResult
 from attrim.methods.pipeline import prune as cut
+from attrim.methods.table import METHODS
 from attrim.recover import evaluate, finetune, free_recovery
 from attrim.recover.data import Split
 from attrim.recover.tensors import TensorBatches
@@ -84,8 +85,8 @@ def demo(
         raise InputError(f"--epochs and --finetune-epochs: expected at least 1, found {epochs} and {finetune_epochs}.")
     budget = Budget(macs=keep_macs)
     settings = {"method": method, "keep_macs": keep_macs, "epochs": epochs, "finetune_epochs": finetune_epochs}
-    if method not in CRITERIA:
-        raise InputError(f"--method: expected one of {', '.join(CRITERIA)}, found '{method}'.")
+    if method not in CRITERIA and method not in METHODS:
+        raise InputError(f"--method: expected one of {', '.join((*CRITERIA, *METHODS))}, found '{method}'.")
     digits = load_digits()
     run = Run(out, overwrite=True)
     run.start({"demo": True, **settings, "seed": seed})
@@ -194,4 +195,4 @@ def _epochs(count: int) -> str:
 
 
 def _seeded(method: str, seed: int) -> dict[str, Any]:
-    return {"seed": seed} if method == "random" else {}
+    return {"seed": seed} if method == "random" or method in METHODS else {}
