@@ -132,7 +132,7 @@ def test_groups_of_one_width_keep_floors_of_their_own() -> None:
     assert (first.of("a", 12), first.of("b", 12), first.by_width(lifted=True)) == (10, 3, {"12": 3})
     assert first.by_width(lifted=False) == {"12": 10}
     grouped = Floors(Budget(macs=0.5, min_keep=0.25, scope="group"), first.sizes, first.now)
-    assert (first.ways, grouped.ways) == ((True,), (False, True))
+    assert (first.ways("l2"), grouped.ways("l2"), first.ways("pcas")) == ((True,), (False, True), (False, True))
 
 
 @pytest.mark.parametrize("scope", ["global", "isomorphic"])
@@ -206,6 +206,20 @@ def test_training_in_every_round_learns_from_the_original(monkeypatch) -> None:
         model, image(), budget=Budget(macs=0.5), rounds=2, data=batches(), recover="finetune", training={"epochs": 1}
     )
     assert teachers == [(True, 1), (True, 1)]
+
+
+@pytest.mark.parametrize("scope", ["global", "isomorphic"])
+def test_a_method_is_run_whole_in_every_round(scope: Any) -> None:
+    """cpsca trains the network that it cuts, so every round changes the weights that stay."""
+    model = net()
+    result = prune_rounds(
+        model, image(), budget=Budget(macs=0.75, scope=scope), rounds=2, method="cpsca", data=batches(), epochs=1
+    )
+    done = [(step["round"], step["step"]) for step in result.steps]
+    assert [number for number, step in done if step == "trained"] == [1, 2]
+    assert result.verification.ok
+    assert result.after.macs <= 0.75 * result.before.macs
+    assert not same(attrim.apply(model, result.plan), result.model)
 
 
 class Killed(Exception):

@@ -16,6 +16,7 @@ from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import BudgetError
 from attrim.methods.scoring import score
+from attrim.methods.table import METHODS
 
 __all__ = ["COSTS", "Floors", "RoundBudget", "Schedule", "budget_of_round", "kept_after"]
 
@@ -69,10 +70,13 @@ class Floors:
         least, multiple = self.budget.floor(self.sizes.get(group, size)), self.budget.multiple_of
         return min(size, -(-least // multiple) * multiple)
 
-    @property
-    def ways(self) -> tuple[bool, ...]:
-        """Whether to lift, in the order in which it is tried."""
-        return (True,) if self.budget.scope == "global" else (False, True)
+    def ways(self, method: str | Callable[..., Any]) -> tuple[bool, ...]:
+        """Whether to lift, in the order in which it is tried.
+
+        Lifting takes scores alone. A method from a paper does more to the network, so it is run whole where it can be.
+        """
+        whole = isinstance(method, str) and method in METHODS
+        return (True,) if self.budget.scope == "global" and not whole else (False, True)
 
     def by_width(self, lifted: bool) -> dict[str, int]:
         """Width now -> floor, for :class:`RoundBudget`."""

@@ -152,14 +152,15 @@ class _Run:
             budget = cast(Budget, budget_of_round(self.budget, None, number, self.rounds, self.schedule))
             return prune(network, self.example_inputs, method=self.method, budget=budget, **self.given, **self.options)
         floors = Floors.after(self.budget, plan)
-        for lifted in floors.ways:
+        ways = floors.ways(self.method)
+        for lifted in ways:
             relative = budget_of_round(self.budget, plan, number, self.rounds, self.schedule, lifted=lifted)
             if relative is None:
                 return None
             try:
                 return self._again(network, floors, relative, lifted)
             except BudgetError:
-                if lifted == floors.ways[-1]:
+                if lifted == ways[-1]:
                     raise
         return None
 
