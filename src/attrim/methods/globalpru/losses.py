@@ -97,7 +97,8 @@ def pairwise_loss(
     else:
         first, second, weight = _drawn(channels, kept, omega, pairs, ranked)
     apart = (ranked.index_select(1, first) - ranked.index_select(1, second)) / temperature
-    return (F.softplus(-apart) * weight).sum(1).mean()
+    each: Tensor = F.softplus(-apart) * weight
+    return each.sum(1).mean()
 
 
 def listwise_loss(ranked: Tensor, *, temperature: float = 1.0) -> Tensor:
