@@ -17,28 +17,21 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import attrim
-from attrim.recover import evaluate, finetune, fold_bias, free_recovery, open_data, recalibrate, reconstruct
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-INSIDE = ("conv1.*", "layer*.bn2.*")
-"""Frozen: the residual streams."""
+from attrim.recover import evaluate, finetune, fold_bias, free_recovery, recalibrate, reconstruct
+from cifar import INSIDE, Pair, first, open_cifar, say, trained
 
 UNIFORM = ("l2", "fpgm", "taylor", "random")
 NEEDS_DATA = ("taylor", "refit", "obs")
-
-Pair = tuple[Tensor, Tensor]
 
 
 def main() -> None:
@@ -92,13 +85,10 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, network: str) -> None:
         self.options, self.name, self.device = options, network, torch.device(options.device)
-        nets = _load_example("cifar_resnet")
-        self.dense = getattr(nets, network)()
-        self.dense.load_state_dict(load_file(options.checkpoints / f"{network}-cifar10-jpeg.safetensors"))
-        self.dense.eval().to(self.device)
+        self.dense = trained(network, options.checkpoints).to(self.device)
         rows = max(options.rows, 2 * options.calibration)
-        self.data = open_data(options.data, shape=(3, 32, 32), mean=MEAN, std=STD, batch_size=128, limit=rows)
-        self.test = list(_first(self.data.batches("test"), options.test_images))
+        self.data = open_cifar(options.data, rows)
+        self.test = list(first(self.data.batches("test"), options.test_images))
         self.channels = attrim.trace(self.dense, torch.randn(1, 3, 32, 32, device=self.device))
         self.dense_accuracy = evaluate(self.dense, self.test)
         say(f"\n{network}: dense {self.dense_accuracy:.2%} on {options.test_images} test images")
@@ -107,7 +97,7 @@ class Bench:
         """Augmented training images."""
         batches = self.data.batches("train", augment=True, shuffle=True)
         batches.set_epoch(1000 + seed)
-        return list(_first(batches, self.options.calibration))
+        return list(first(batches, self.options.calibration))
 
     def cut(self, criterion: str, seed: int, images: list[Pair]) -> tuple[nn.Module, attrim.PruningPlan]:
         """The pruned network: uniform ratios for the usual criteria, one global threshold for ``refit``."""
@@ -258,30 +248,6 @@ def timing(options: argparse.Namespace) -> dict[str, float]:
     )
     say(f"  the time of one dense and one pruned forward pass ({min(ratios):.2f} .. {max(ratios):.2f})")
     return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-
-
-def _first(batches: Any, count: int) -> Iterator[Pair]:
-    seen = 0
-    for x, y in batches:
-        if seen >= count:
-            return
-        yield x[: count - seen], y[: count - seen]
-        seen += len(x)
-
-
-def _load_example(name: str) -> Any:
-    path = Path(__file__).resolve().parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def say(*lines: Sequence[str] | str) -> None:
-    """Print at once."""
-    print(*lines, flush=True, file=sys.stdout)
 
 
 if __name__ == "__main__":
