@@ -28,7 +28,7 @@ FLOW = {
     "plan_from_kept",
 }
 NOUNS = {
-    "Axis", "Budget", "ChannelGroup", "ChannelMap", "CostModel", "Member", "PinnedAxis", "PruneResult", "PruningPlan",
+    "Axis", "Branch", "Budget", "ChannelGroup", "ChannelMap", "CostModel", "Member", "PinnedAxis", "PruneResult", "PruningPlan",
     "Scores", "Tap", "Verification",
 }  # fmt: skip
 ERRORS = {"AttrimError", "AttrimWarning"}

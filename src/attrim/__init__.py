@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attrim import errors, recover
 from attrim.core.axes import Axis
+from attrim.core.branches import Branch
 from attrim.core.budget import Budget
 from attrim.core.channels import ChannelGroup, ChannelMap, Member, PinnedAxis, Tap
 from attrim.core.cost import CostModel
@@ -29,6 +30,7 @@ __all__ = [
     "AttrimError",
     "AttrimWarning",
     "Axis",
+    "Branch",
     "Budget",
     "ChannelGroup",
     "ChannelMap",

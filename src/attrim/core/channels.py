@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from attrim.core.axes import Axis
+from attrim.core.branches import Branch
 from attrim.core.cost import CostModel, IntArray
 from attrim.errors import InputError
 
@@ -154,6 +155,9 @@ class ChannelMap:
         shapes: tensor name -> shape, parameters and buffers (a tied tensor under its first name).
         attributes: numbers in modules that follow a cut.
         aliases: other name of a tied tensor -> its first name.
+        branches: residual branches that can be removed whole, in network order (see :class:`Branch`).
+        passes: block -> branches: the block becomes an identity once all of these are removed.
+        sums: sums of two activations that hold no branch that could be removed, with the reasons.
     """
 
     groups: Mapping[str, ChannelGroup]
@@ -163,6 +167,9 @@ class ChannelMap:
     shapes: Mapping[str, tuple[int, ...]]
     attributes: tuple[AttributeRule, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    branches: tuple[Branch, ...] = ()
+    passes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sums: tuple[Reason, ...] = ()
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups.values())

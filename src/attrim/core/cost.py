@@ -6,17 +6,20 @@ term ``coefficient · Π widths``. Pricing a plan is therefore two small array p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from attrim.errors import InputError
 
-__all__ = ["CostModel", "IntArray", "Terms", "WidthTable"]
+__all__ = ["BoolArray", "CostModel", "IntArray", "Kept", "Terms", "WidthTable"]
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+Kept: TypeAlias = Mapping[str, int] | Sequence[int] | IntArray | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,15 +52,24 @@ class Terms:
     Attributes:
         coefficient: shape ``(T,)``.
         factors: shape ``(T, K)``; indices into the width table, padded with the index of a width that is always 1.
+        branch: shape ``(T,)``; the innermost branch that takes the term with it, by position in
+            :attr:`CostModel.branches`, -1 for a term that always stays. None: all stay.
     """
 
     coefficient: IntArray
     factors: IntArray
+    branch: IntArray | None = None
 
     def at(self, widths: IntArray) -> IntArray:
         """The value of each term, shape ``(T,)``."""
         values: IntArray = self.coefficient * np.prod(widths[self.factors], axis=1, dtype=np.int64)
         return values
+
+    def stays(self, gone: BoolArray) -> BoolArray:
+        """Shape ``(T,)``; which terms are left where the branches ``gone``, shape ``(N,)``, are removed."""
+        if self.branch is None or not gone.size:
+            return np.ones(len(self.coefficient), bool)
+        return ~(gone[self.branch] & (self.branch >= 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,10 +85,15 @@ class CostModel:
         widths: the axes' widths.
         mac_terms: one term per counted operator call.
         param_terms: one term per parameter (tied parameters once).
+        branches: ids of the residual branches that can be removed whole, in the order of :attr:`Terms.branch`.
+        inside: shape ``(N,)``; the smallest branch that contains this one, by position, or -1. Whoever removes a branch
+            removes what is inside it.
+        group_branch: shape ``(G,)``; the smallest branch with which a group vanishes wholly, by position, or -1.
 
     Example:
-        >>> channels.cost.macs()                         # the whole network
-        >>> channels.cost.macs({"layer1.0.conv1": 8})    # groups that are not named stay whole
+        >>> channels.cost.macs()                                # the whole network
+        >>> channels.cost.macs({"layer1.0.conv1": 8})           # groups that are not named stay whole
+        >>> channels.cost.macs(drops=["layer1.1"])              # without a residual branch
     """
 
     groups: tuple[str, ...]
@@ -84,8 +101,11 @@ class CostModel:
     widths: WidthTable
     mac_terms: Terms
     param_terms: Terms
+    branches: tuple[str, ...] = ()
+    inside: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    group_branch: IntArray | None = None
 
-    def vector(self, kept: Mapping[str, int] | Sequence[int] | IntArray | None = None) -> IntArray:
+    def vector(self, kept: Kept = None) -> IntArray:
         """Kept counts as an array of shape ``(G,)``; groups that a mapping does not name stay whole."""
         if kept is None:
             return self.sizes
@@ -107,14 +127,57 @@ class CostModel:
             )
         return vector
 
-    def macs(self, kept: Mapping[str, int] | Sequence[int] | IntArray | None = None) -> int:
-        """Multiply-adds of one forward pass on the example inputs' shape (the batch counts)."""
-        return int(self.mac_terms.at(self.widths.at(self.vector(kept))).sum())
+    def gone(self, drops: Iterable[str] = ()) -> BoolArray:
+        """Shape ``(N,)``; which branches are removed with ``drops`` (ids), those inside them included.
 
-    def params(self, kept: Mapping[str, int] | Sequence[int] | IntArray | None = None) -> int:
-        """Number of parameters (buffers not counted)."""
-        return int(self.param_terms.at(self.widths.at(self.vector(kept))).sum())
+        Raises:
+            InputError: not the id of a branch; the branches are listed.
+        """
+        gone = np.zeros(len(self.branches), bool)
+        asked = [drops] if isinstance(drops, str) else list(drops)
+        for name in asked:
+            if name not in self.branches:
+                known = ", ".join(self.branches[:8]) + (", …" if len(self.branches) > 8 else "")
+                raise InputError(
+                    f"'{name}' is not a residual branch that can be removed. "
+                    + (f"The branches are: {known}" if known else "This network has none.")
+                    + " (channels.branches; channels.table() says why other sums have none)."
+                )
+            gone[self.branches.index(name)] = True
+        for _ in range(len(gone) if gone.any() else 0):
+            deeper = gone | (gone[self.inside] & (self.inside >= 0))
+            if (deeper == gone).all():
+                break
+            gone = deeper
+        return gone
 
-    def channels(self, kept: Mapping[str, int] | Sequence[int] | IntArray | None = None) -> int:
-        """Number of prunable channels that are kept; a tied group counts once."""
-        return int(self.vector(kept).sum())
+    def macs(self, kept: Kept = None, drops: Iterable[str] = ()) -> int:
+        """Multiply-adds of one forward pass on the example inputs' shape (the batch counts).
+
+        Args:
+            kept: channels kept per group; what it says of a group that vanishes with a branch is ignored.
+            drops: ids of the residual branches that are removed.
+        """
+        return self._sum(self.mac_terms, kept, drops)
+
+    def params(self, kept: Kept = None, drops: Iterable[str] = ()) -> int:
+        """Number of parameters (buffers not counted); arguments as for :meth:`macs`."""
+        return self._sum(self.param_terms, kept, drops)
+
+    def channels(self, kept: Kept = None, drops: Iterable[str] = ()) -> int:
+        """Number of prunable channels that are kept; a tied group counts once. Arguments as for :meth:`macs`."""
+        vector = self.vector(kept)
+        return int(vector[~self._lost(self.gone(drops))].sum())
+
+    def _sum(self, terms: Terms, kept: Kept, drops: Iterable[str]) -> int:
+        vector, gone = self.vector(kept), self.gone(drops)
+        if not gone.any():
+            return int(terms.at(self.widths.at(vector)).sum())
+        vector = np.where(self._lost(gone), self.sizes, vector)  # a cut inside a branch that goes is not carried out
+        return int((terms.at(self.widths.at(vector)) * terms.stays(gone)).sum())
+
+    def _lost(self, gone: BoolArray) -> BoolArray:
+        """Shape ``(G,)``; groups that vanish wholly."""
+        if self.group_branch is None or not gone.any():
+            return np.zeros(len(self.sizes), bool)
+        return np.asarray(gone[self.group_branch] & (self.group_branch >= 0))

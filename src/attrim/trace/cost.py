@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from attrim.core.cost import CostModel, IntArray, Terms, WidthTable
 from attrim.modules.names import NamedTensors
+from attrim.trace.branches import Owners
 from attrim.trace.labels import LabelSpace, Recorder
 from attrim.trace.partition import Partition, is_run
 
@@ -61,22 +63,34 @@ class _Compiler:
                 widths.append(width)
         return coefficient, widths
 
-    def terms(self, items: list[tuple[int, list[int]]]) -> Terms:
-        merged: dict[tuple[int, ...], int] = {}
-        for coefficient, widths in items:
-            key = tuple(sorted(widths))
+    def terms(self, items: list[tuple[int, list[int]]], branches: Sequence[int]) -> Terms:
+        merged: dict[tuple[int, tuple[int, ...]], int] = {}
+        for (coefficient, widths), branch in zip(items, branches, strict=True):
+            key = (branch, tuple(sorted(widths)))
             merged[key] = merged.get(key, 0) + coefficient
-        longest = max((len(k) for k in merged), default=0) or 1
+        longest = max((len(k) for _, k in merged), default=0) or 1
         factors = np.zeros((len(merged), longest), np.int64)
-        for i, key in enumerate(merged):
-            factors[i, : len(key)] = key
-        return Terms(np.asarray(list(merged.values()), np.int64), factors)
+        for i, (_, key_widths) in enumerate(merged):
+            factors[i, : len(key_widths)] = key_widths
+        branch_of = np.asarray([branch for branch, _ in merged], np.int64)
+        return Terms(np.asarray(list(merged.values()), np.int64), factors, branch_of)
 
 
 def compile_cost(
-    named: NamedTensors, space: LabelSpace, book: Recorder, parts: Partition, ids: tuple[str, ...]
+    named: NamedTensors,
+    space: LabelSpace,
+    book: Recorder,
+    parts: Partition,
+    ids: tuple[str, ...],
+    known: Owners,
+    group_branch: Sequence[int],
 ) -> CostModel:
-    """One term per counted product and per parameter; equal products are merged."""
+    """One term per counted product and per parameter; equal products of the same branch are merged.
+
+    Args:
+        known: which operators and tensors go with which branch.
+        group_branch: group number -> the branch with which it vanishes, or -1.
+    """
     compiler = _Compiler(parts)
     macs = [compiler.term(term.coefficient, list(term.factors)) for term in book.costs]
     axes: dict[str, list[IntArray]] = {}
@@ -87,6 +101,10 @@ def compile_cost(
         vectors = axes.get(name, [])
         rest = named.tensors[name].numel() // math.prod(len(v) for v in vectors) if named.tensors[name].numel() else 0
         params.append(compiler.term(rest, vectors))
-    mac_terms, param_terms = compiler.terms(macs), compiler.terms(params)
+    mac_terms = compiler.terms(macs, [known.ops.get(term.op, -1) for term in book.costs])
+    param_terms = compiler.terms(params, [known.tensors.get(name, -1) for name in sorted(named.parameters)])
     arrays = [np.asarray(a, np.int64) for a in (compiler.fixed, compiler.row, compiler.group, compiler.multiplicity)]
-    return CostModel(ids, parts.sizes.astype(np.int64), WidthTable(*arrays), mac_terms, param_terms)
+    return CostModel(
+        ids, parts.sizes.astype(np.int64), WidthTable(*arrays), mac_terms, param_terms, known.ids,
+        np.asarray(known.inside, np.int64), np.asarray(group_branch, np.int64),
+    )  # fmt: skip

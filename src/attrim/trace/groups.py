@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +12,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from attrim.core.axes import Axis
+from attrim.core.branches import Branch
 from attrim.core.channels import AttributeRule, ChannelGroup, ChannelMap, Member, PinnedAxis, Reason, Tap
 from attrim.core.cost import IntArray
 from attrim.modules.names import NamedTensors, fingerprint
+from attrim.trace.branches import Found, find_branches, group_owner, owners
 from attrim.trace.cost import compile_cost, linear_form
 from attrim.trace.labels import LabelSpace, Recorder
 from attrim.trace.partition import Partition
@@ -37,6 +41,8 @@ def build_map(analysis: Analysis) -> ChannelMap:
     ids = _names(members)
     taps = _taps(tracer, parts)
     modules = dict(analysis.engine.model.named_modules())
+    found, passes, sums = find_branches(analysis)
+    known = owners(tracer.graph, found)
     groups = {
         ids[g]: ChannelGroup(
             ids[g], int(parts.sizes[g]), tuple(members[g]), tuple(taps[g]), parts.effects[g],
@@ -47,12 +53,30 @@ def build_map(analysis: Analysis) -> ChannelMap:
     return ChannelMap(
         groups=groups,
         pinned=tuple(_pinned(space, solution, parts)),
-        cost=compile_cost(named, space, book, parts, tuple(ids)),
+        cost=compile_cost(
+            named, space, book, parts, tuple(ids), known, [group_owner(g, known) for g in groups.values()]
+        ),
         fingerprint=fingerprint(named.shapes),
         shapes=named.shapes,
         attributes=tuple(_attributes(book, parts, ids)),
         aliases=named.aliases,
+        branches=tuple(_finished(f, groups, ids, parts) for f in found),
+        passes=passes,
+        sums=tuple(sums),
     )
+
+
+def _finished(found: Found, groups: Mapping[str, ChannelGroup], ids: Sequence[str], parts: Partition) -> Branch:
+    """A branch with the groups that vanish with it, and the channels that the zeros in its place must follow."""
+    gone = set(found.branch.tensors)
+    inner = tuple(g.id for g in groups.values() if all(m.axis.tensor in gone for m in g.members))
+    widths = tuple(
+        (ids[g], Member(Axis(f"{path}.zeros", 0), table, "state"))
+        for path, vector in found.widths.items()
+        for g, table in _by_group(vector, parts)
+        if ids[g] not in inner
+    )
+    return replace(found.branch, groups=inner, widths=widths)
 
 
 def _by_group(vector: IntArray, parts: Partition) -> list[tuple[int, IntArray]]:

@@ -61,10 +61,11 @@ class Value:
 
 
 class CostTerm(NamedTuple):
-    """``coefficient · Π widths``; a factor is the label vector of an axis."""
+    """``coefficient · Π widths``; a factor is the label vector of an axis. ``op`` is the operator that was counted."""
 
     coefficient: int
     factors: tuple[IntArray, ...]
+    op: int = -1
 
 
 class RuleNote(NamedTuple):
@@ -140,8 +141,8 @@ class Recorder:
     def role(self, labels: IntArray, role: str) -> None:
         self.roles.append((labels, role))
 
-    def cost(self, coefficient: int, factors: tuple[IntArray, ...]) -> None:
-        self.costs.append(CostTerm(coefficient, factors))
+    def cost(self, coefficient: int, factors: tuple[IntArray, ...], op: int = -1) -> None:
+        self.costs.append(CostTerm(coefficient, factors, op))
 
     def rule(self, note: RuleNote) -> None:
         self.rules.append(note)
@@ -172,8 +173,8 @@ class Checker:
     def role(self, labels: IntArray, role: str) -> None:
         pass
 
-    def cost(self, coefficient: int, factors: tuple[IntArray, ...]) -> None:
-        self.costs.append(CostTerm(coefficient, factors))
+    def cost(self, coefficient: int, factors: tuple[IntArray, ...], op: int = -1) -> None:
+        self.costs.append(CostTerm(coefficient, factors, op))
 
     def rule(self, note: RuleNote) -> None:
         pass

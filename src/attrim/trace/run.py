@@ -22,6 +22,7 @@ from attrim.modules.names import NamedTensors, named_tensors
 from attrim.modules.repair import repair_attributes, write_attribute
 from attrim.modules.skeleton import copy_with
 from attrim.trace.call import Call, tensors_in
+from attrim.trace.graph import Graph
 from attrim.trace.inputs import Example, map_tensors, outputs_of
 from attrim.trace.labels import Checker, Recorder, Value
 from attrim.trace.rules import RULES, Rule
@@ -80,6 +81,8 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(t.book, Checker):
             t.book.op = t.op
         known = [t.value(x) for x in call.inputs]
+        if t.graph is not None:
+            t.graph.before(call)
         t.in_step = counted and _in_step(t, name)
         if self.mask is not None:
             args, kwargs = self.mask(call, t)
@@ -93,10 +96,14 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             _unknown(t, call, known)
         if not counted:
+            if t.graph is not None:
+                t.graph.copied(call)
             return call.out
         t.steps.append((name, [(tuple(o.shape), t.value(o)) for o in call.outputs], known))
         t.numbers.append(_numbers(args) if rule is pointwise else ())
-        t.places.append((t.operator, t.stack[-1][0] if t.stack else "", str(t.lines)))
+        t.places.append((t.operator, t.path, str(t.lines)))
+        if t.graph is not None:
+            t.graph.after(call, t.path, str(t.lines))
         if self.watch is not None:
             self.watch(t)
         return call.out
@@ -152,10 +159,15 @@ def _module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         parent = tracer.stack[-1][0] if tracer.stack else ""
         tracer.stack.append((paths.get(id(module), parent), module))
         tracer.inputs.append([tracer.value(x) for x in tensors_in(args)])
+        if tracer.graph is not None:
+            tracer.graph.enter(paths.get(id(module)), module, args)
 
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
+    def leave(module: nn.Module, args: Any, *rest: Any) -> None:
+        out = rest[-1]  # a call that raised comes without its keyword arguments
         path, _ = tracer.stack.pop()
         tracer.inputs.pop()
+        if tracer.graph is not None:
+            tracer.graph.leave(rest[0] if len(rest) > 1 else {}, out)
         if isinstance(out, Tensor) and not any(True for _ in module.children()):
             tracer.taps.append((path, module, tracer.value(out)))
             if isinstance(module, _InstanceNorm) and out.ndim > 1:  # states its width even where it has no tensor
@@ -165,7 +177,7 @@ def _module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
     handles = (
         module_hooks.register_module_forward_pre_hook(enter),
-        module_hooks.register_module_forward_hook(leave, always_call=True),
+        module_hooks.register_module_forward_hook(leave, with_kwargs=True, always_call=True),
     )
     try:
         yield
@@ -284,6 +296,8 @@ class Engine:
     ) -> Run:
         """A run in which every tensor carries ``labels`` (one vector per axis), after cutting to ``keep``."""
         tracer = Tracer(book, dict(decisions), guide=guide, sums=[] if self.sums else None)
+        if isinstance(book, Recorder) and not self.sums:
+            tracer.graph = Graph()
         fake = None if self.real else FakeTensorMode(allow_non_fake_inputs=True)
         keep = keep or {}
         tensors = {}
@@ -292,6 +306,8 @@ class Engine:
             copied._attrim_value = Value(tuple(labels[name]), live=False)  # type: ignore[attr-defined]
             if name in self.named.parameters:
                 copied._is_param = True
+            if tracer.graph is not None:
+                tracer.graph.name(copied, name, tuple(labels[name]))
             tensors[name] = copied
         model = copy_with(self.model, self.named, tensors)
         if keep:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attrim.core.channels import Reason
 from attrim.core.cost import IntArray
+from attrim.trace.graph import Graph
 from attrim.trace.labels import Cell, Checker, Recorder, RuleNote, Value
 from attrim.trace.where import Lines
 
@@ -75,6 +76,7 @@ class Tracer:
         sums: averages of the leaf modules' outputs, if they are to be collected.
         places: per operator its full name, module path and source line.
         taps: module outputs in order of execution.
+        graph: who read what, in a recorded run.
     """
 
     book: Recorder | Checker
@@ -92,6 +94,7 @@ class Tracer:
     inputs: list[list[Value]] = field(default_factory=list)
     taps: list[tuple[str, nn.Module, Value]] = field(default_factory=list)
     stack: list[tuple[str, nn.Module]] = field(default_factory=list)
+    graph: Graph | None = None
     op: int = -1
     operator: str = ""
     lines: Lines | None = None

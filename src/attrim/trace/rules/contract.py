@@ -36,7 +36,7 @@ def _roles(t: Tracer, value: Value, out: int, inside: int) -> None:
 def _cost(t: Tracer, sizes: Sequence[int], vectors: Sequence[IntArray | None]) -> None:
     """One counted product: unlabelled sizes go into the coefficient."""
     fixed = math.prod(n for n, v in zip(sizes, vectors, strict=True) if v is None)
-    t.book.cost(fixed, tuple(v for v in vectors if v is not None))
+    t.book.cost(fixed, tuple(v for v in vectors if v is not None), t.op)
 
 
 def convolution(t: Tracer, call: Call) -> None:
