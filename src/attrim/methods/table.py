@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from attrim.methods.cpsca import cpsca
+from attrim.methods.dcpa import dcpa
 from attrim.methods.outcome import Method, MethodOutcome
 from attrim.methods.pcas import pcas
 
@@ -23,6 +24,13 @@ _ALL = (
         cpsca,
         "mean channel attention, trained together with the network behind a spatial one; one ratio in every layer",
         "Liu et al., CPSCA, Applied Soft Computing 110, 2021",
+        trains=True,
+    ),
+    Method(
+        "dcpa",
+        dcpa,
+        "widths (and depth) learned by gradient in a weight-sharing network, guided by attention to its layers",
+        "Cheng et al., DCP-A, Complex & Intelligent Systems 9, 2023",
         trains=True,
     ),
 )

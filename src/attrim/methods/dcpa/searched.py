@@ -1,0 +1,244 @@
+"""The search as one call, and its result, from which networks for several budgets are derived."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrim.core.budget import Budget
+from attrim.core.channels import ChannelMap
+from attrim.core.plan import PruningPlan
+from attrim.core.scores import Scores
+from attrim.errors import InputError
+from attrim.methods.dcpa.attention import Kind
+from attrim.methods.dcpa.derive import Derived, check_reach, repair, uniform_choice
+from attrim.methods.dcpa.halves import halves
+from attrim.methods.dcpa.options import DcpaOptions
+from attrim.methods.dcpa.policy import Policy
+from attrim.methods.dcpa.prices import Prices
+from attrim.methods.dcpa.search import Data, Search, SearchNet
+from attrim.methods.dcpa.stage2 import remeasured
+from attrim.methods.dcpa.supernet import Supernet
+from attrim.methods.dcpa.watch import Watched
+from attrim.methods.dcpa.widths import SearchSpace, make_space
+from attrim.methods.gate_training import GateRun, check_data, first_batch
+from attrim.methods.stages import Stages
+from attrim.modules.batches import device_of, read_batch, run_batch
+from attrim.modules.distributed import rank
+from attrim.modules.gates.places import Plot, find_places
+from attrim.recover.checkpoint import Checkpoints
+from attrim.recover.engine import make_engine
+from attrim.recover.evaluate import restore_modes
+from attrim.recover.keeper import fill_tensors, tensors_of
+from attrim.recover.randomness import own_randomness
+from attrim.recover.recipe import Recipe
+from attrim.score.api import score
+from attrim.search.allocate import allocate
+from attrim.search.decide import plan_from_kept
+from attrim.search.limits import limits_of
+
+__all__ = ["Searched", "search_policy"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Searched:
+    """A finished search: several budgets can be derived from it.
+
+    Attributes:
+        base: the network with the weights that the search has trained.
+        policy: what was learned.
+        ranked: group -> channels, the one that is kept longest first.
+        refused: group -> why it was not searched.
+        reports: figures of every epoch.
+        kind: of the policy.
+    """
+
+    base: nn.Module
+    policy: Policy
+    ranked: Mapping[str, Tensor]
+    refused: Mapping[str, str]
+    reports: Sequence[Mapping[str, Any]]
+    kind: Kind
+
+    @property
+    def space(self) -> SearchSpace:
+        """What was searched."""
+        return self.policy.space
+
+    def derive(self, budget: Budget, *, fine: bool = True) -> Derived:
+        """The network of a budget; see :func:`attrim.methods.dcpa.derive.repair`."""
+        limits = limits_of(self.space.channels.cost, budget)
+        if self.kind == "uniform":
+            kept = uniform_choice(self.space, limits)
+            return Derived((), kept, (), 0, limits.slack(self.space.channels.cost.vector(kept)))
+        prices = Prices(self.space, limits)
+        with torch.no_grad():
+            return repair(self.space, prices, self.policy.log_probabilities(), limits, fine=fine)
+
+    def plan(self, budget: Budget, *, fine: bool = True) -> tuple[PruningPlan, Derived | None]:
+        """The plan of a budget, which may be another than that of the search, and how it was derived.
+
+        Example:
+            >>> for share in (0.3, 0.5, 0.7):
+            ...     plan, _ = searched.plan(attrim.Budget(macs=share))
+        """
+        notes = {"criterion": "dcpa", "kind": self.kind}
+        if self.space.gated:
+            return allocate(self.space.channels, self.scores(), budget), None
+        derived = self.derive(budget, fine=fine)
+        kept = {g: self.ranked[g][:width].tolist() for g, width in derived.kept.items()}
+        return plan_from_kept(self.space.channels, kept, notes), derived
+
+    def network(self, plan: PruningPlan, batches: Iterable[Any], limit: int = 100) -> nn.Module:
+        """The trained network with batch-norm statistics measured for a plan; cut it with :func:`attrim.apply`."""
+        draw = self.policy.chosen(_kept_channels(self.space, plan))
+        return remeasured(self.base, Supernet(self.base, self.space), draw, batches, limit)
+
+    def scores(self) -> Scores:
+        """What ranks channels: logits of single channels, or places in the order of each group, in (0, 1]."""
+        space = self.space
+        if space.gated:
+            logits = self.policy.channel_logits().detach().cpu()
+            offsets = {g: space.offsets[g] - (space.size - len(logits)) for g in space.gated}
+            return Scores({g: logits[o : o + space.channels[g].size] for g, o in offsets.items()}, "dcpa")
+        values = {}
+        for group, order in self.ranked.items():
+            place = torch.empty(len(order))
+            place[order] = 1 - torch.arange(len(order)) / len(order)
+            values[group] = place
+        return Scores(values, "dcpa")
+
+    def log(self, derived: Derived | None) -> tuple[Mapping[str, Any], ...]:
+        """Lines for the log of the run."""
+        space = self.space
+        begin: dict[str, Any] = {
+            "step": "search space", "groups": len(space.groups), "units": len(space.units), "kind": self.kind,
+            "parameters": sum(p.numel() for p in self.policy.parameters()),
+        }  # fmt: skip
+        begin |= {"refused": dict(self.refused)} if self.refused else {}
+        end = {"step": "derived"} if derived is None else {
+            "step": "derived", "repairs": derived.moved, "slack": derived.slack, "widths": dict(derived.kept),
+            "drops": list(derived.drops),
+        }  # fmt: skip
+        return (begin, *({"step": "search", **report} for report in self.reports), end)
+
+
+def search_policy(
+    model: nn.Module,
+    channels: ChannelMap,
+    data: Iterable[Any],
+    budget: Budget,
+    options: DcpaOptions,
+    run: GateRun,
+    policy_data: Iterable[Any] | None = None,
+) -> Searched:
+    """Stage 1 alone. Arguments as for :func:`dcpa`.
+
+    Example:
+        >>> searched = search_policy(model, channels, loader, budget, DcpaOptions(kind="free"), GateRun(...))
+    """
+    options.check()
+    stages = run.stages("dcpa", model, {**options.identity(), "budget": asdict(budget)})
+    plot = _plot(model, channels, data, options)
+    space = make_space(
+        channels, plot.places, budget, ratios=options.ratios, share=options.share, by_channel=options.space == "channel"
+    )
+    limits = limits_of(channels.cost, budget)
+    prices = Prices(space, limits)
+    check_reach(space, limits, budget)
+    ranked = _ranked(model, space, options.order, data)
+    ranks = torch.cat([order.argsort() for order in ranked.values()])
+    policy = Policy(space, prices, ranks, options.kind, reduction=options.reduction, start=options.start, seed=run.seed)
+    stages.begin()
+    net = SearchNet(copy.deepcopy(model), policy)
+    reports: list[dict[str, Any]] = []
+    if stages.has("search"):
+        fill_tensors(net, stages.read("search"))
+    elif options.epochs:
+        net, reports = _learn(net, plot, data, options, run, stages, policy_data)
+        stages.write("search", tensors_of(net))
+        if stages.path("searching") is not None and rank() == 0:
+            Checkpoints(stages.path("searching") or "").remove()
+    return Searched(net.base, net.policy, ranked, plot.refused, reports, options.kind)
+
+
+def _learn(
+    net: SearchNet, plot: Plot, data: Iterable[Any], options: DcpaOptions, run: GateRun, stages: Stages,
+    policy_data: Iterable[Any] | None,
+) -> tuple[SearchNet, list[dict[str, Any]]]:  # fmt: skip
+    source = data if run.augmented is None else run.augmented
+    first, second = halves(source, run.seed) if policy_data is None else (source, check_data("dcpa", policy_data))
+    folder = stages.path("searching")
+    recipe = Recipe(
+        epochs=max(1, options.epochs), lr=options.lr, optimizer=options.optimizer, momentum=options.momentum,
+        weight_decay=options.weight_decay, warmup=options.lr_warmup, clip=options.clip, precision=options.precision,
+        loss=run.loss, seed=run.seed, folder=folder, resume=folder is not None, every_minutes=options.every_minutes,
+    )  # fmt: skip
+    recipe.check(None)
+    home = device_of(net.base)
+    engine = make_engine(home, options.precision)
+    modes = [(module, module.training) for module in net.base.modules()]
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        stack.enter_context(own_randomness((run.seed + 7919 * engine.rank) % 2**63, engine.device))
+        net.to(engine.device).train()
+        net.policy.prices.to(engine.device)
+        watched = Watched(plot.places, net.policy.space)
+        search = Search(
+            net, watched, Data(first, second, run.holdout), options, recipe, engine, stages.identity, run.on_epoch
+        )
+        reports = search.run()
+    net.to(home)
+    net.policy.prices.to(home)
+    restore_modes(modes)
+    return net, reports
+
+
+def _plot(model: nn.Module, channels: ChannelMap, data: Iterable[Any], options: DcpaOptions) -> Plot:
+    """Which groups can be searched, and where each can be seen, from one watched pass."""
+    batch = read_batch(first_batch(data), device_of(model))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            plot = find_places(
+                model, channels, point="post", groups=None, policy=options.policy, run=lambda: run_batch(model, batch)
+            )
+    finally:
+        restore_modes(modes)
+    if not plot.places:
+        reasons = "; ".join(f"'{g}': {why}" for g, why in list(plot.refused.items())[:3]) or "the map has no groups"
+        raise InputError(f"no group can be searched: {reasons}.")
+    return plot
+
+
+def _ranked(model: nn.Module, space: SearchSpace, order: str, data: Iterable[Any]) -> dict[str, Tensor]:
+    """Channels of each searched group, the one that is kept longest first."""
+    if order == "prefix" or space.gated:
+        return {g: torch.arange(space.channels[g].size) for g in space.groups}
+    values = score(model, space.channels, order, data, missing="skip").values
+    return {
+        g: values[g].argsort(descending=True, stable=True) if g in values else torch.arange(space.channels[g].size)
+        for g in space.groups
+    }
+
+
+def _kept_channels(space: SearchSpace, plan: PruningPlan) -> dict[str, Tensor]:
+    """Group -> kept channels, read back from the cuts of its first member."""
+    found = {}
+    for name in space.groups:
+        group = space.channels[name]
+        member = group.members[0]
+        cut = plan.cuts.get(member.axis.tensor)
+        if cut is None or member.axis.dim not in cut.keep:
+            continue
+        kept = torch.tensor(cut.keep[member.axis.dim])
+        positions = torch.from_numpy(member.index[:, 0].copy())
+        found[name] = torch.isin(positions, kept).nonzero().flatten()
+    return found

@@ -1,0 +1,109 @@
+"""DCP-A as a method: from a network to a proved plan within the budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attrim
+from attrim.errors import BudgetError, CriterionError, InputError
+from attrim.methods.dcpa import dcpa
+from attrim.methods.table import METHODS
+from nets import Mobile, Plain, Residual, filled
+
+
+def batches(count: int = 4, size: int = 12, side: int = 8) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 3, side, side, generator=generator), torch.randint(0, 5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        (Residual, {}),
+        (Residual, {"kind": "xattn", "policy": "tied"}),
+        (Residual, {"kind": "free", "share": "block", "policy": "tied", "sampling": "soft", "cost": "tas"}),
+        (Residual, {"sampling": "tas", "cost": "dmcp"}),
+        (Residual, {"space": "channel", "cost": "one_sided"}),
+        (Mobile, {"space": "channel", "kind": "xattn"}),
+        (Mobile, {"order": "prefix", "entropy": 0.3}),
+        (Mobile, {"kind": "uniform"}),
+        (Plain, {"kind": "random", "ratios": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}),
+    ],
+)
+def test_every_kind_ends_within_the_budget_and_is_proved(network: type, options: dict[str, Any]) -> None:
+    data = batches(side=16 if network is Mobile else 8)
+    result = attrim.prune(
+        filled(network()),
+        data[0][0],
+        method="dcpa",
+        budget=attrim.Budget(macs=0.6),
+        data=data,
+        epochs=2,
+        warmup=0.5,
+        **options,
+    )
+    assert result.verification is not None
+    assert result.verification.ok
+    share = result.after.macs / result.before.macs
+    step = 0.1 if network is Plain else 0.01
+    assert 0.6 - step <= share <= 0.6
+    epochs = [s for s in result.steps if s["step"] == "search"]
+    assert [e["warm-up"] for e in epochs] == [True, options.get("kind") in ("uniform", "random")]
+    assert all(e["target"] == pytest.approx({"macs": 0.6}, abs=1e-3) for e in epochs)
+
+
+def test_the_network_given_is_not_changed_and_the_searched_one_has_learned() -> None:
+    model, data = filled(Residual()), batches()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    channels = attrim.trace(model, data[0][0])
+    outcome = dcpa(model, channels, data, budget=attrim.Budget(macs=0.5), epochs=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    moved = outcome.model_to_cut.state_dict()
+    assert not torch.equal(moved["layers.0.conv1.weight"], before["layers.0.conv1.weight"])
+    assert not outcome.model_to_cut.training
+    assert all(not module._forward_hooks for module in outcome.model_to_cut.modules())
+    given = dcpa(model, channels, data, budget=attrim.Budget(macs=0.5), epochs=1, weights="given")
+    assert given.model_to_cut is model
+    scratch = dcpa(model, channels, data, budget=attrim.Budget(macs=0.5), epochs=0, weights="scratch").model_to_cut
+    assert not torch.equal(scratch.state_dict()["fc.weight"], before["fc.weight"])
+    assert float(scratch.state_dict()["bn1.weight"].std()) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"kind": "tanh"}, InputError, "kind: expected one of se, xattn, free, random, uniform"),
+        ({"policy": "input_select"}, InputError, "policy: expected one of internal, tied"),
+        ({"ratios": (0.5, 2.0)}, InputError, "ratios: expected kept fractions"),
+        ({"space": "channel", "share": "block"}, InputError, "one by one"),
+        ({"tau_low": 9.0}, InputError, "tau_low: expected at most"),
+        ({"epochs": -1}, InputError, "epochs: expected an int >= 0"),
+        ({"budget": attrim.Budget(macs=0.01)}, BudgetError, "smallest reachable"),
+        ({"budget": None}, InputError, "how small"),
+        ({"order": "nothing"}, CriterionError, "unknown criterion"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_is_trained(
+    options: dict[str, Any], kind: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **more: Any) -> None:
+        raise RuntimeError("trained")
+
+    monkeypatch.setattr("attrim.methods.dcpa.searched.Search", never)
+    model, data = filled(Residual()), batches()
+    channels = attrim.trace(model, data[0][0])
+    with pytest.raises(kind, match=text):
+        dcpa(model, channels, data, **{"budget": attrim.Budget(macs=0.5), **options})
+
+
+def test_it_is_in_the_table_with_all_its_options() -> None:
+    assert METHODS["dcpa"].trains
+    assert METHODS["dcpa"].options["kind"] == "se"
+    assert {"kind", "space", "cost", "sampling", "tau_high", "policy_lr"} <= set(METHODS["dcpa"].options)
