@@ -12,7 +12,7 @@ from attrim.errors import DataError
 from attrim.modules.batches import batch_source, device_of, logits_of, read_batch, run_batch
 from attrim.modules.progress import progress
 
-__all__ = ["count_right", "evaluate", "restore_modes"]
+__all__ = ["answers", "count_right", "evaluate", "restore_modes"]
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> float:
@@ -61,7 +61,7 @@ def count_right(model: nn.Module, batches: Iterable[Any], rank: int = 0, world: 
             if (read - 1) % world != rank:
                 continue
             batch = read_batch(raw, device)
-            guessed, labels = _answers(logits_of(run_batch(model, batch)), batch.labels)
+            guessed, labels = answers(logits_of(run_batch(model, batch)), batch.labels)
             right += (guessed == labels).sum()
             counted += (labels >= 0).sum()
     finally:
@@ -79,7 +79,7 @@ def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-def _answers(scores: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+def answers(scores: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(labels, Tensor):
         raise DataError(
             f"evaluation needs labels in every batch, found {type(labels).__name__}. Yield (inputs, labels) tuples, "

@@ -17,8 +17,11 @@ from attrim.recover.refit.write import write
 __all__ = ["Rows", "Sampling", "Settings", "match", "repair"]
 
 _FEWEST = 16384
-_MOST = 1024
+_MOST = 256
 """Rows for each unknown: never more than this many, whatever the network itself spends on the layer."""
+
+_PLENTY = 128
+"""Up to this many rows for each unknown, the products may cost four times what the layer itself costs; above, once."""
 
 _LEAST = 32
 
@@ -64,7 +67,8 @@ class Sampling:
         total = unit.places * sum(self.sizes) // max(1, samples)
         like_layer = total * unit.block_outputs // max(1, unit.columns)
         least = min(_LEAST * unit.columns, max(_LEAST * _WIDE, _LEAST_WIDE * unit.columns))
-        like_layer *= 4 if unit.columns <= _WIDE else 1
+        if unit.columns <= _WIDE:
+            like_layer = max(like_layer, min(4 * like_layer, _PLENTY * unit.columns))
         wanted = max(_FEWEST, min(_MOST * unit.columns, max(least, like_layer)))
         width = 4 * (unit.columns * (unit.outputs // unit.block_outputs) + 3 * unit.outputs)
         return max(64, min(wanted, total, max(self.memory, 1 << 29) // (8 * width)))

@@ -1,0 +1,378 @@
+"""The objective of a ratio search, without doing anything twice."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from attrim.core.channels import ChannelMap
+from attrim.core.scores import Scores
+from attrim.errors import AttrimWarning, DataError, InputError
+from attrim.methods.fast.boundary import Boundary
+from attrim.methods.fast.candidate import Candidate, Keep, Values
+from attrim.methods.fast.folding import foldable
+from attrim.methods.fast.heldout import HeldOut, few
+from attrim.methods.fast.recording import Key, record
+from attrim.methods.fast.reference import Layout, Reference, keep_for, lay_out
+from attrim.methods.fast.stops import Doubt, Stop
+from attrim.modules.batches import Batch, batch_source, device_of, logits_of, read_batch
+from attrim.recover.evaluate import answers
+from attrim.search.decide import plan_from_kept
+from attrim.search.space import Point
+from attrim.surgery.cut import apply
+
+__all__ = ["FastObjective", "Judged", "top1"]
+
+_RECENT = 8
+"""Candidates that came one by one and are remembered, to see whether another reference would pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What is known about a candidate.
+
+    Attributes:
+        value: mean over the samples; an estimate where the candidate was given up.
+        complete: whether all samples were judged.
+        samples: how many were.
+    """
+
+    value: float
+    complete: bool
+    samples: int
+
+
+def top1(outputs: Any, batch: Batch) -> Tensor:
+    """1 for each label that is hit, 0 for each that is missed, and by how much the best score leads; shape ``(n, 2)``.
+
+    Negative labels are left out.
+    """
+    scores = logits_of(outputs)
+    guessed, labels = answers(scores, batch.labels)
+    two = scores.topk(2, dim=1).values if scores.ndim > 1 and scores.shape[1] > 1 else None
+    lead = two.select(1, 0) - two.select(1, 1) if two is not None else scores.abs().reshape(guessed.shape)
+    return torch.stack([(guessed == labels).float(), lead.float()], -1)[labels >= 0].reshape(-1, 2)
+
+
+class FastObjective:
+    """Accuracy of a cut of ``model`` with recalibrated batch norms, for many cuts that resemble one another.
+
+    The same as ``evaluate(recalibrate(apply(model, plan), calibration), holdout)``, to rounding, in less time:
+
+    * a reference network's activations are kept at the inputs of the layers that the search varies, for calibration and
+      held-out images alike; a candidate that agrees with it up to some layer is only run from there. The reference
+      follows the search;
+    * in evaluation, batch norms are folded into the convolutions before them, and images lie channels-last;
+    * a candidate that can hardly beat the best one any more is given up (``stop``), the unclear images being looked at
+      first; its value is then an estimate below the best value. The best of all candidates is always judged whole.
+
+    The order of the calls decides what is the best so far, hence when candidates are given up: the same calls give the
+    same values. A run that goes on shows the best candidate again, with :meth:`restore`.
+
+    Args:
+        model: the trained network. Not changed.
+        channels: its map.
+        scores: which channels of a group stay, for any number of them.
+        calibration: training images, augmented as in training, for the batch norms; read once and held.
+        holdout: labelled training images that nothing is trained on; read once and held. Never test images.
+        values: ``(outputs, batch) ->`` what counts, for each sample, shape ``(n,)``, larger is better; or ``(n, 2)`` with
+            how clear the case is beside it. :func:`top1` unless told otherwise.
+        stop: when to give up; None judges every candidate whole.
+        memory: bytes that kept activations may take; 0 keeps none.
+        channels_last: whether images and weights are laid out that way, which most processors prefer.
+
+    Raises:
+        DataError: no batches, or no labels in ``holdout``.
+
+    Example:
+        >>> objective = FastObjective(model, channels, scores, calibration, holdout)
+        >>> objective([16, 8, 12])                    # kept counts in the order of channels.cost.groups
+        0.8125
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: ChannelMap,
+        scores: Scores,
+        calibration: Iterable[Any],
+        holdout: Iterable[Any],
+        *,
+        values: Values = top1,
+        stop: Stop | None = Stop(),  # noqa: B008  (frozen)
+        memory: int = 2 << 30,
+        channels_last: bool = True,
+    ) -> None:
+        self._model = copy.deepcopy(model).eval()
+        self._channels, self._stop, self._values = channels, stop, values
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            self._model.to(memory_format=torch.channels_last)
+        self._orders = {
+            group: values.argsort(descending=True, stable=True).tolist() for group, values in scores.values.items()
+        }
+        self._calibration = self._held(calibration, "calibration")
+        self._holdout = HeldOut(self._held(holdout, "holdout"))
+        some = few(self._holdout.batches[0])
+        recording = record(self._model, some)
+        self._pairs = foldable(self._model, recording)
+        use = recording.first_use(self._model)
+        first = [min(use[m.axis.tensor] for m in channels[g].members) for g in channels.cost.groups]
+        images = sum(b.size for b in self._calibration) + self._holdout.samples
+        self._layout: Layout = lay_out(recording, first, some.size, images, memory)
+        self._checked = False
+        self._reference: Reference | None = None
+        self._known: dict[Point, Judged] = {}
+        self._recent: deque[Point] = deque(maxlen=_RECENT)
+        self._answers: dict[Point, Tensor] = {}
+        self._best: Point | None = None
+        self._early: dict[Point, Tensor] = {}
+        self._doubt = Doubt()
+        self.work = 0.0
+
+    @property
+    def best(self) -> tuple[Point, float] | None:
+        """The best candidate that was judged whole, and its value."""
+        return None if self._best is None else (self._best, self._known[self._best].value)
+
+    def __call__(self, kept: Point | Sequence[int] | Mapping[str, int]) -> float:
+        """The value of one candidate."""
+        return self.judge([kept])[0].value
+
+    def judge(self, candidates: Sequence[Point | Sequence[int] | Mapping[str, int]]) -> list[Judged]:
+        """Judge candidates; those that come together share a reference, if one pays.
+
+        Args:
+            candidates: kept counts, by group or in the order of ``channels.cost.groups``.
+
+        Raises:
+            InputError: counts that the network cannot keep.
+        """
+        points = [tuple(self._channels.cost.vector(kept).tolist()) for kept in candidates]
+        self._aim([*self._recent, *points] if len(points) == 1 else points)
+        found = []
+        for point in points:
+            self._recent.append(point)
+            if point not in self._known:
+                self._known[point] = self._judge(point)
+            found.append(self._known[point])
+        return found
+
+    def restore(self, kept: Point | Sequence[int] | Mapping[str, int]) -> Judged:
+        """Judge one candidate whole and take it for the best so far, whatever others have scored."""
+        point = tuple(self._channels.cost.vector(kept).tolist())
+        self._best = None
+        self._known[point] = self._judge(point)
+        return self._known[point]
+
+    def _judge(self, point: Point) -> Judged:
+        candidate, depth = self._candidate(point)
+        self.work += 1 - self._layout.saved(depth)
+        best = None if self._best is None else self._best_values()
+        if self._stop is not None and best is not None and self._early_batches(candidate):
+            rival = self._early_values()
+            mine = self._looked_at_early(candidate, rival)
+            if mine is None:
+                return _given_up(candidate.seen, rival, best)
+            self._early[point] = mine
+        candidate.calibrate(self._calibration, len(self._calibration))
+        answers = self._values_of(candidate, best)
+        if answers is None:
+            return _given_up(candidate.seen, self._best_values(), self._best_values())
+        judged = Judged(float(answers[:, 0].double().mean()), True, len(answers))
+        self._answers[point] = self._holdout.arrived(answers)
+        if best is not None:
+            self._doubt.learn(answers[:, 0], best)
+        if self._best is None or judged.value > self._known[self._best].value:
+            self._best = point
+        return judged
+
+    def _early_batches(self, candidate: Candidate) -> int:
+        """Calibration batches before the first look; 0 where there is none."""
+        if self._stop is None or not candidate.norms:
+            return 0
+        first = max(1, round(self._stop.first * len(self._calibration)))
+        return first if first < len(self._calibration) else 0
+
+    def _looked_at_early(self, candidate: Candidate, rival: Tensor | None) -> Tensor | None:
+        """Values of the first samples on the smaller calibration; None once the candidate is to be given up."""
+        candidate.calibrate(self._calibration, self._early_batches(candidate))
+        share = 1.0 if self._stop is None else self._stop.looks
+        found: list[Tensor] = []
+        for number in range(_batches_for(self._holdout.batches, share * self._holdout.samples)):
+            found += [_two(v)[:, 0] for v in candidate.values(self._holdout.batches, number, number + 1, self._values)]
+            mine = torch.cat(found)
+            if self._stop is None or rival is None:
+                continue
+            if self._stop.hopeless(mine, rival, self._doubt, self._holdout.samples):
+                candidate.seen = mine
+                return None
+        return torch.cat(found)
+
+    def _early_values(self) -> Tensor:
+        """Of the best candidate on the smaller calibration."""
+        point = self._best
+        if point is None:
+            raise InputError("no candidate was judged yet.")
+        if point not in self._early:
+            candidate, depth = self._candidate(point)
+            self.work += (1 - self._layout.saved(depth)) * 0.25
+            found = self._looked_at_early(candidate, None)
+            self._early[point] = torch.empty(0) if found is None else found
+        return self._early[point]
+
+    def _values_of(self, candidate: Candidate, best: Tensor | None) -> Tensor | None:
+        """Values of all samples, batch by batch; None once the candidate is to be given up."""
+        found: list[Tensor] = []
+        batches = self._holdout.batches
+        for number in range(len(batches)):
+            found += [_two(v) for v in candidate.values(batches, number, number + 1, self._values)]
+            if self._stop is None or best is None or number + 1 == len(batches):
+                continue
+            mine = torch.cat(found)[:, 0]
+            if self._stop.hopeless(mine, best, self._doubt):
+                self._doubt.learn(mine, best)
+                candidate.seen = mine
+                return None
+        joined = torch.cat(found)
+        if not joined.numel():
+            raise DataError("holdout: no label >= 0 in the batches, so there is nothing to compare with.")
+        return joined
+
+    def _best_values(self) -> Tensor:
+        """Values of the best candidate, in the present order of the samples."""
+        return self._holdout.present(self._answers[self._best])[:, 0]  # type: ignore[index]
+
+    def _candidate(self, point: Point) -> tuple[Candidate, int]:
+        reference = self._reference
+        depth = 0 if reference is None else self._layout.depth(reference.point, point)
+        where = self._layout.boundaries[depth - 1] if depth else None
+        calibration = reference.calibration if reference is not None else []
+        held = reference.held if reference is not None else []
+        return Candidate(self._network(point), where, calibration, held, self._pairs), depth
+
+    def _network(self, point: Point) -> nn.Module:
+        groups, sizes = self._channels.cost.groups, self._channels.cost.sizes
+        kept: dict[str, list[int]] = {}
+        for group, count, size in zip(groups, point, sizes.tolist(), strict=True):
+            if count == size:
+                continue
+            if group not in self._orders:
+                raise InputError(f"group '{group}' has no scores, so it stays whole; found {count} of {size} channels.")
+            kept[group] = sorted(self._orders[group][:count])
+        network = apply(self._model, plan_from_kept(self._channels, kept))
+        return network.to(memory_format=self._format)
+
+    def _aim(self, points: Sequence[Point]) -> None:
+        """Take another reference if it saves more work than it costs."""
+        if not self._layout.boundaries:
+            return
+        now = self._reference
+        at_hand = 0.0 if now is None else self._savings(now.point, points)
+        gain, chosen = 0.0, None
+        for known in (p for p, judged in self._known.items() if judged.complete):
+            depth = 0 if now is None else self._layout.depth(now.point, known)
+            extra = self._savings(known, points) - at_hand - (1 - self._layout.saved(depth))
+            if extra > gain:
+                gain, chosen = extra, known
+        if chosen is not None:
+            self._build(chosen)
+
+    def _savings(self, reference: Point, points: Sequence[Point]) -> float:
+        return sum(self._layout.saved(self._layout.depth(reference, point)) for point in points)
+
+    def _build(self, point: Point) -> None:
+        candidate, depth = self._candidate(point)
+        self.work += 1 - self._layout.saved(depth)
+        now, batches = self._reference, self._holdout.batches
+        if now is None:
+            self._holdout.sort(self._answers[point][:, 1])
+            self._doubt, self._early = Doubt(), {}
+            batches = self._holdout.batches
+        old = (None, None) if now is None else (now.calibration, now.held)
+        calibration = keep_for(self._layout, depth, old[0], len(self._calibration))
+        held = keep_for(self._layout, depth, old[1], len(batches))
+        if not candidate.norms:
+            calibration = Keep(frozenset(), frozenset(), frozenset(), len(self._calibration))
+        candidate.calibrate(self._calibration, len(self._calibration), calibration)
+        candidate.values(batches, 0, len(batches), self._values, held)
+        self._reference = Reference(point, calibration.kept, held.kept)
+        if not self._checked:
+            self._check(candidate)
+
+    def _check(self, whole: Candidate) -> None:
+        """Look whether the reference gives the same from every boundary on; leave out those where it does not."""
+        reference = self._reference
+        if reference is None or whole.where is not None:
+            return
+        batch = self._holdout.batches[0]
+        expected = torch.cat(whole.values([batch], 0, 1, _raw))
+        wrong = set()
+        for number, where in enumerate(self._layout.boundaries):
+            try:
+                found = torch.cat(self._from(whole, where, batch, reference.held[0]))
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                wrong.add(number)
+                continue
+            if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True):
+                wrong.add(number)
+        if wrong:
+            warnings.warn(
+                f"{len(wrong)} of {len(self._layout.boundaries)} places where evaluation could be taken up do not give what "
+                "the whole network gives, and are not used: candidates are evaluated right, but slower.",
+                AttrimWarning,
+                stacklevel=2,
+            )
+        self._layout = self._layout.without(wrong)
+        self._checked = True
+
+    def _from(self, whole: Candidate, where: Boundary, batch: Batch, kept: Mapping[Key, Any]) -> list[Tensor]:
+        resumed = copy.copy(whole)
+        resumed.where, resumed._held = where, [kept]
+        return resumed.values([batch], 0, 1, _raw)
+
+    def _held(self, batches: Iterable[Any], name: str) -> list[Batch]:
+        device = device_of(self._model)
+        found = [self._laid_out(read_batch(raw, device)) for raw in batch_source(batches)]
+        if not found:
+            raise DataError(f"{name}: no batch: the source is empty, or a generator that was used up before.")
+        return found
+
+    def _laid_out(self, batch: Batch) -> Batch:
+        def laid(tensor: Tensor) -> Tensor:
+            return tensor.contiguous(memory_format=self._format) if tensor.ndim == 4 else tensor
+
+        args, kwargs = tree_map_only(Tensor, laid, (batch.args, dict(batch.kwargs)))
+        return replace(batch, args=args, kwargs=kwargs, raw=None)
+
+
+def _given_up(seen: Tensor, rival: Tensor, best: Tensor) -> Judged:
+    """An estimate: the best value, less what was lost to it so far, as if nothing more were lost."""
+    lost = float((seen.double() - rival[: seen.numel()].double()).sum()) / best.numel()
+    return Judged(float(best.double().mean()) + min(lost, -1 / best.numel()), False, seen.numel())
+
+
+def _raw(outputs: Any, batch: Batch) -> Tensor:
+    return torch.cat([leaf.flatten().float() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)])
+
+
+def _two(values: Tensor) -> Tensor:
+    """Values with a column of clearness; unknown is 0."""
+    return values if values.ndim == 2 else torch.stack([values, torch.zeros_like(values)], 1)
+
+
+def _batches_for(batches: Sequence[Batch], samples: float) -> int:
+    """How many batches hold so many samples; at least one."""
+    seen, number = 0, 0
+    while seen < samples and number < len(batches):
+        seen += batches[number].size
+        number += 1
+    return max(1, number)
