@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from attrim.core.channels import Member
@@ -58,6 +58,56 @@ class Replacement:
     def width(self) -> int | None:
         """Length of the buffer ``zeros``, or None where the stand-in has none."""
         return next((e.size for e in self.shape if e.channels), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout of the plan file."""
+        data: dict[str, Any] = {"kind": self.kind}
+        if self.kind == "zeros":
+            data["shape"] = [_extent_to_json(e) for e in self.shape]
+        if self.returns is not None:
+            data["returns"] = list(self.returns)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> Replacement:
+        """Read and check the layout of the plan file.
+
+        Raises:
+            ValueError: an unknown kind, an impossible extent or place.
+        """
+        kind = data["kind"]
+        if kind not in get_args(Kind):
+            raise ValueError(f"a replacement is of the kind {', '.join(get_args(Kind))}; found {kind!r}")
+        shape = tuple(_extent_from_json(e) for e in data["shape"]) if kind == "zeros" else ()
+        if sum(e.channels for e in shape) > 1:
+            raise ValueError("a replacement has at most one dimension of channels")
+        returns = None
+        if "returns" in data:
+            place, length = (int(n) for n in data["returns"])
+            if not 0 <= place < length:
+                raise ValueError(f"'returns': expected (place, length) with place < length, found ({place}, {length})")
+            returns = (place, length)
+        return cls(kind, shape, returns)
+
+
+def _extent_to_json(extent: Extent) -> dict[str, Any]:
+    if extent.source < 0:
+        return {"channels" if extent.channels else "size": extent.size}
+    steps = {"steps": [list(step) for step in extent.steps]} if extent.steps else {}
+    return {"input": extent.source, **steps}
+
+
+def _extent_from_json(data: Any) -> Extent:
+    if "input" not in data:
+        channels = "channels" in data
+        size = int(data["channels" if channels else "size"])
+        if size < 1:
+            raise ValueError(f"an extent is at least 1, found {size}")
+        return Extent(size=size, channels=channels)
+    steps = tuple((int(m), int(a), int(b)) for m, a, b in data.get("steps", ()))
+    if int(data["input"]) < 0 or any(b < 1 for _, _, b in steps):
+        raise ValueError(f"an extent follows a dimension from 0 on and divides by 1 or more, found {data}")
+    return Extent(int(data["input"]), steps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from attrim.core.branches import Replacement
 from attrim.errors import PlanError
 
-__all__ = ["PLAN_VERSION", "AttributeCut", "Cut", "PruningPlan", "write_atomic"]
+__all__ = ["PLAN_VERSION", "AttributeCut", "Cut", "PruningPlan", "within", "write_atomic"]
 
 PLAN_VERSION = 1
 
@@ -52,10 +53,12 @@ class PruningPlan:
     Attributes:
         fingerprint: digest of the names and shapes of the model that the plan was made for.
         cuts: tensor name -> cut.
-        drops: paths of residual branches that are removed whole.
+        drops: paths of the modules of residual branches that are removed whole.
         attributes: module path -> attribute -> value before and after (head counts, widths kept as numbers).
         groups: group id -> what was decided, for people.
         provenance: how the plan came about (criterion, budget, costs, fingerprint after), for people and for ``then``.
+        replacements: dropped module -> what stands in its place; one that is not named becomes an identity. A buffer of a
+            replacement is cut like any tensor, as ``PATH.zeros``.
 
     Example:
         >>> plan.save("plan.json"); plan = PruningPlan.load("plan.json")
@@ -69,6 +72,7 @@ class PruningPlan:
     attributes: Mapping[str, Mapping[str, AttributeCut]] = field(default_factory=dict)
     groups: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, in the file's layout."""
@@ -83,6 +87,7 @@ class PruningPlan:
                 for name, cut in self.cuts.items()
             },
             "drops": list(self.drops),
+            **({"replacements": {p: r.to_json() for p, r in self.replacements.items()}} if self.replacements else {}),
             "attributes": {
                 module: {name: {"before": cut.before, "after": cut.after} for name, cut in cuts.items()}
                 for module, cuts in self.attributes.items()
@@ -114,16 +119,18 @@ class PruningPlan:
                 "Update with: pip install -U attrim"
             )
         try:
+            drops = tuple(str(d) for d in data.get("drops", ()))
             return cls(
                 fingerprint=str(data["fingerprint"]),
                 cuts={str(name): _read_cut(str(name), cut, source) for name, cut in data["cuts"].items()},
-                drops=tuple(str(d) for d in data.get("drops", ())),
+                drops=drops,
                 attributes={
                     str(module): {str(a): AttributeCut(int(v["before"]), int(v["after"])) for a, v in cuts.items()}
                     for module, cuts in data.get("attributes", {}).items()
                 },
                 groups=dict(data.get("groups", {})),
                 provenance=dict(data.get("provenance", {})),
+                replacements=_read_replacements(data.get("replacements", {}), drops),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{source}: the plan is malformed: {type(error).__name__}: {error}.") from error
@@ -171,15 +178,21 @@ class PruningPlan:
                 f"these plans do not follow each other: the first leaves a model with fingerprint {mine}, the second was "
                 f"made for {following.fingerprint}. Trace the pruned model and allocate again."
             )
-        cuts = dict(self.cuts)
+        cuts = {name: cut for name, cut in self.cuts.items() if not within(name, following.drops)}
         for name, cut in following.cuts.items():
             cuts[name] = _compose(cuts[name], cut) if name in cuts else cut
+        earlier = [path for path in self.drops if not within(path, following.drops)]
+        attributes = {path: cut for path, cut in self.attributes.items() if not within(path, following.drops)}
         return replace(
             following,
             fingerprint=self.fingerprint,
             cuts=cuts,
-            drops=(*self.drops, *following.drops),
-            attributes=_compose_attributes(self.attributes, following.attributes),
+            drops=(*earlier, *following.drops),
+            replacements={
+                **{path: r for path, r in self.replacements.items() if path in earlier},
+                **following.replacements,
+            },
+            attributes=_compose_attributes(attributes, following.attributes),
             groups=_compose_groups(self.groups, following.groups),
             provenance=_compose_provenance(self, following),
         )
@@ -234,6 +247,19 @@ def _compose_attributes(
         for name, cut in cuts.items():
             mine[name] = AttributeCut(mine[name].before if name in mine else cut.before, cut.after)
     return merged
+
+
+def within(name: str, paths: Collection[str]) -> bool:
+    """Whether a module or a tensor, by name, lies in one of these modules or is one of them."""
+    parts = name.split(".")
+    return bool(paths) and any(".".join(parts[:n]) in paths for n in range(1, len(parts) + 1))
+
+
+def _read_replacements(data: Any, drops: Collection[str]) -> dict[str, Replacement]:
+    stray = [str(path) for path in data if str(path) not in drops]
+    if stray:
+        raise ValueError(f"'replacements' names '{stray[0]}', which 'drops' does not")
+    return {str(path): Replacement.from_json(item) for path, item in data.items()}
 
 
 def _read_cut(name: str, data: Any, source: str) -> Cut:

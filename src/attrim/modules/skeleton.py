@@ -13,16 +13,22 @@ from attrim.modules.names import NamedTensors
 __all__ = ["copy_with"]
 
 
-def copy_with(model: nn.Module, named: NamedTensors, replacement: Mapping[str, Tensor]) -> nn.Module:
+def copy_with(
+    model: nn.Module,
+    named: NamedTensors,
+    replacement: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module] | None = None,
+) -> nn.Module:
     """A deep copy of ``model`` whose tensors are those of ``replacement`` (by first name), ties included.
 
-    Tensors that ``replacement`` does not name are deep-copied. Hooks, plain attributes, subclasses and the train flag come
+    ``modules`` (by path) take the places of the model's own. Tensors that ``replacement`` does not name are deep-copied. Hooks, plain attributes, subclasses and the train flag come
     along as ``copy.deepcopy`` copies them.
 
     Raises:
         TraceError: the model cannot be deep-copied (it holds a lock, a non-leaf tensor, …).
     """
     memo: dict[int, object] = {id(named.tensors[name]): tensor for name, tensor in replacement.items()}
+    memo.update({id(model.get_submodule(path)): module for path, module in (modules or {}).items()})
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrim.core.plan import Cut, PruningPlan
-from attrim.errors import InputError, PlanError, SurgeryError
+from attrim.core.plan import Cut, PruningPlan, within
+from attrim.errors import InputError, PlanError
 from attrim.modules.names import NamedTensors, fingerprint, named_tensors
 from attrim.modules.repair import REPAIRS, Repair, read_attribute, repair_attributes, write_attribute
 from attrim.modules.skeleton import copy_with
+from attrim.modules.skips import without_modules
 
 __all__ = ["apply", "cut_tensor"]
 
@@ -21,7 +22,8 @@ def apply(model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Modul
     """A smaller copy of ``model``: every tensor that the plan names keeps only its listed positions.
 
     dtype, device, memory format, ``requires_grad``, ties between tensors, the train flag and hooks of the copy are kept;
-    widths stated in attributes (``out_channels``, ``num_heads``, …) are repaired. Needs no tracing and no data.
+    widths stated in attributes (``out_channels``, ``num_heads``, …) are repaired. Modules of residual branches that the plan
+    drops are replaced by ``nn.Identity`` or by modules that return zeros. Needs no tracing and no data.
 
     Args:
         model: the model that the plan was made for (any instance of it). Never changed.
@@ -36,19 +38,36 @@ def apply(model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Modul
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected an nn.Module to cut, found {type(model).__name__}.")
-    if plan.drops:
-        raise SurgeryError(
-            f"the plan removes whole branches ({', '.join(plan.drops[:3])}), which this version of attrim cannot do yet. "
-            "Make a plan without drops."
-        )
     named = named_tensors(model)
     _check_fit(named, plan)
-    new = {name: cut_tensor(named.tensors[name], cut) for name, cut in plan.cuts.items()}
-    small = copy_with(model, named, new)
+    if plan.drops:
+        small = without_modules(model, plan.drops, plan.replacements, _cut_tensors(named, plan))
+        small = _cut_stand_ins(small, plan)
+    else:
+        small = copy_with(model, named, _cut_tensors(named, plan))
     keep = {name: cut.keep for name, cut in plan.cuts.items()}
     repair_attributes(small, keep, named.aliases, {**REPAIRS, **(repairs or {})})
     _write_attributes(small, plan)
     return small
+
+
+def _cut_tensors(named: NamedTensors, plan: PruningPlan) -> dict[str, Tensor]:
+    return {name: cut_tensor(named.tensors[name], cut) for name, cut in plan.cuts.items() if name in named.tensors}
+
+
+def _cut_stand_ins(small: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Cut the buffers of the modules that stand in the place of removed ones."""
+    for path in _widths(plan):
+        name = f"{path}.zeros"
+        if name in plan.cuts:
+            module = small.get_submodule(path)
+            module.register_buffer("zeros", cut_tensor(module.get_buffer("zeros"), plan.cuts[name]), persistent=False)
+    return small
+
+
+def _widths(plan: PruningPlan) -> dict[str, int]:
+    """Path of a stand-in -> length of its buffer."""
+    return {path: r.width for path, r in plan.replacements.items() if r.width is not None}
 
 
 def cut_tensor(tensor: Tensor, cut: Cut) -> Tensor:
@@ -73,8 +92,13 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def _check_fit(named: NamedTensors, plan: PruningPlan) -> None:
-    shapes = named.shapes
+    shapes = {**named.shapes, **{f"{path}.zeros": (width,) for path, width in _widths(plan).items()}}
     for name, cut in plan.cuts.items():
+        if name in named.shapes and within(name, plan.drops):
+            raise PlanError(
+                f"the plan cuts '{name}' and also removes the module that it belongs to. Make the plan with "
+                "attrim.plan_from_kept(channels, kept, drops=...)."
+            )
         if name not in shapes:
             raise PlanError(
                 f"the plan was made for another model: it cuts '{name}' {cut.shape_before}, and this model has no such "
@@ -85,10 +109,10 @@ def _check_fit(named: NamedTensors, plan: PruningPlan) -> None:
                 f"the plan was made for another model: '{name}' had shape {tuple(cut.shape_before)}, here it has "
                 f"{shapes[name]}. Apply the plan to a fresh, uncut instance, or trace this model and allocate again."
             )
-    if plan.fingerprint and plan.fingerprint != fingerprint(shapes):
+    if plan.fingerprint and plan.fingerprint != fingerprint(named.shapes):
         raise PlanError(
             f"the plan was made for another model: all tensors that it cuts fit, but the model's fingerprint is "
-            f"{fingerprint(shapes)} and the plan's is {plan.fingerprint}, so other tensors differ. Build the model with the "
+            f"{fingerprint(named.shapes)} and the plan's is {plan.fingerprint}, so other tensors differ. Build the model with the "
             "same arguments, or trace this model and allocate again."
         )
 

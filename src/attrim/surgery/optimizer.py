@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrim.core.plan import PruningPlan
+from attrim.core.plan import PruningPlan, within
 from attrim.errors import InputError, PlanError
 from attrim.modules.names import named_tensors
 from attrim.surgery.cut import cut_tensor
@@ -23,7 +23,7 @@ def carry_optimizer(
     """An optimiser of the same kind for ``new``, with the state of ``optimizer`` for everything that was kept.
 
     State tensors of a parameter's shape (momentum, Adam's moments) are cut like the parameter; others (step counts) are
-    copied. Schedulers hold on to the optimiser they were made with: make them anew.
+    copied; parameters of dropped branches go with their state. Schedulers hold on to the optimiser they were made with: make them anew.
 
     Args:
         optimizer: the optimiser of ``old``. Never changed.
@@ -48,6 +48,8 @@ def carry_optimizer(
         parameters = []
         for parameter in group["params"]:
             name = names.get(id(parameter))
+            if name is not None and within(name, plan.drops):
+                continue
             if name is None:
                 raise InputError(
                     f"the optimiser holds a parameter of shape {tuple(parameter.shape)} that is not in the old model. Pass the "

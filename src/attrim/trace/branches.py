@@ -12,8 +12,9 @@ import numpy as np
 from attrim.core.branches import Branch, Replacement
 from attrim.core.channels import ChannelGroup, Reason
 from attrim.core.cost import IntArray
+from attrim.core.plan import within
 from attrim.trace.graph import Graph, ModuleCall
-from attrim.trace.regions import Region, find_regions, reason_of, under
+from attrim.trace.regions import Region, find_regions, reason_of
 from attrim.trace.standins import StandIns, ranges, stand_ins, transparent
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def _refusal(
     removed = made.replacements
     for name, node in graph.tensors.items():
         names = [name, *shared.get(name, ())]
-        if not any(under(n, removed) for n in names):
+        if not any(within(n, removed) for n in names):
             continue
-        if not all(under(n, removed) for n in names):
+        if not all(within(n, removed) for n in names):
             return f"'{name}' is shared with a module outside of it"
         readers = graph.nodes[node].readers
         if any(r not in region.ops and _lives(graph, r) for r in readers):
@@ -153,7 +154,7 @@ def _branch(analysis: Analysis, graph: Graph, region: Region, made: StandIns) ->
         modules=tuple(made.replacements) if made.note else region.modules,
         shortcut="identity" if region.straight else "computed",
         gate=_gate(graph, region),
-        tensors=tuple(name for name in analysis.engine.named.tensors if under(name, removed)),
+        tensors=tuple(name for name in analysis.engine.named.tensors if within(name, removed)),
         replacements=made.replacements,
         note=made.note or "its modules return zeros",
         source=op.line,
@@ -231,8 +232,8 @@ def _passes(
                 if call.first <= g.region.total < call.last and not any(
                     g.region.total in h.region.ops and call.first <= h.region.total < call.last for h in found)
             ]  # fmt: skip
-            left = [n for n in analysis.engine.named.tensors if under(n, (path,))]
-            if len(top) < 2 or not all(any(under(n, g.removed) for g in top) for n in left):
+            left = [n for n in analysis.engine.named.tensors if within(n, (path,))]
+            if len(top) < 2 or not all(any(within(n, g.removed) for g in top) for n in left):
                 continue
             if transparent(graph, call, [g.region for g in top], known):
                 passes[path] = tuple(g.branch.id for g in top)
@@ -250,7 +251,7 @@ def owners(graph: Graph | None, found: Sequence[Found]) -> Owners:
     for i in by_size:
         known.tensors.update(dict.fromkeys(found[i].branch.tensors, i))
         if graph is not None:
-            ops = (n for n in found[i].region.ops if under(graph.ops[n].path, found[i].removed))
+            ops = (n for n in found[i].region.ops if within(graph.ops[n].path, found[i].removed))
             known.ops.update(dict.fromkeys(ops, i))
     return known
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from attrim.core.channels import Reason
 from attrim.trace.graph import Graph, Op
 
-__all__ = ["Region", "find_regions", "reason_of", "under"]
+__all__ = ["Region", "find_regions", "reason_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,8 +185,3 @@ def reason_of(graph: Graph, number: int, text: str) -> Reason:
     """A reason that points at an operator."""
     op = graph.ops[number]
     return Reason(text, f"aten.{op.name}", op.path, op.line)
-
-
-def under(name: str, paths: Collection[str]) -> bool:
-    """Whether a module or tensor name lies in one of the modules."""
-    return any(path in paths for path in _outwards(name))

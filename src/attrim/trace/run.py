@@ -84,10 +84,10 @@ class LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if t.graph is not None:
             t.graph.before(call)
         t.in_step = counted and _in_step(t, name)
+        t.path = t.stack[-1][0] if t.stack else ""  # an exception unwinds the stack before anybody asks
         if self.mask is not None:
             args, kwargs = self.mask(call, t)
         t.running = True
-        t.path = t.stack[-1][0] if t.stack else ""  # an exception unwinds the stack before anybody asks
         quick = shortcut(self.fake, call, func._schema.name.endswith("_")) if self.fake is not None else None
         call.out = func(*args, **(kwargs or {})) if quick is None else quick
         t.running = False

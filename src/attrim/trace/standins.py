@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from attrim.core.branches import Extent, Replacement
 from attrim.core.cost import IntArray
+from attrim.core.plan import within
 from attrim.trace.graph import Graph, ModuleCall, Node
-from attrim.trace.regions import Region, under
+from attrim.trace.regions import Region
 
 __all__ = ["StandIns", "ranges", "stand_ins", "transparent"]
 
@@ -89,7 +90,7 @@ def _first_only(graph: Graph, region: Region, units: IntArray) -> StandIns | Non
     first, rest = calls[0], calls[1:]
     for number in region.ops:
         op = graph.ops[number]
-        if under(op.path, region.modules):
+        if within(op.path, region.modules):
             if not first.first <= number < first.last and any(_outside(graph, region, n) for n in op.reads):
                 return None
         elif op.name not in _SAME or sum(graph.nodes[n].live for n in op.reads) != 1 or len(op.reads) > 1:
@@ -230,7 +231,7 @@ def _is_zero(graph: Graph, region: Region, made: StandIns) -> bool:
             passed = made.replacements[call.path].kind == "identity"
             if not passed or call.given[0] in zero:
                 zero.add(result)
-        if number in region.ops and not under(graph.ops[number].path, region.modules):
+        if number in region.ops and not within(graph.ops[number].path, region.modules):
             op = graph.ops[number]
             if op.name in _ANY:
                 held = any(n in zero for n in op.reads)
@@ -296,7 +297,7 @@ def transparent(
             return False
         same.update(op.makes)
     idle = (c for c in graph.calls if c.first == c.last and not c.inert and same & set(c.given))
-    if any(call.first < c.first < call.last or under(c.path, (call.path,)) for c in idle):
+    if any(call.first < c.first < call.last or within(c.path, (call.path,)) for c in idle):
         return False  # dropout and the like do something in training
     return call.returned[0] in same
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from attrim.core.channels import Reason
 from attrim.core.cost import IntArray
-from attrim.core.plan import PruningPlan
+from attrim.core.plan import PruningPlan, within
 from attrim.errors import InputError, PlanError
 from attrim.modules.names import fingerprint, named_tensors
 from attrim.trace.call import Call
 from attrim.trace.capture import Analysis, analyse
+from attrim.trace.dropped import compare_dropped, cuts_alone, dropped_by
 from attrim.trace.inputs import Example, example_of
 from attrim.trace.labels import Conflict, Recorder
 from attrim.trace.probe import Alive, Watcher
@@ -81,7 +82,8 @@ def verify(
 ) -> Verification:
     """Prove that ``small`` computes what ``model`` computes with the removed positions zeroed at every consumer.
 
-    Two independent checks. (1) ``small`` is traced again with every surviving position carrying the original's channel;
+    Dropped branches first: the network without them must equal the original with their outputs zeroed at the sums. Then,
+    for the cuts, two independent checks. (1) ``small`` is traced again with every surviving position carrying the original's channel;
     any operator that combines different channels is a conflict. (2) Both networks run in float64 on the example inputs;
     the original has removed positions set to zero wherever they are summed over. Call it before any recovery changes
     weights.
@@ -106,6 +108,42 @@ def verify(
         raise InputError(f"small: expected the pruned nn.Module, found {type(small).__name__}.")
     _check_shapes(model, small, plan)
     analysis = analysis or analyse(model, example_inputs)
+    if plan.drops:
+        return _verify_drops(model, small, plan, example_inputs, tolerance, analysis)
+    return _verify_cuts(model, small, plan, example_inputs, tolerance, analysis)
+
+
+def _verify_drops(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float, analysis: Analysis
+) -> Verification:
+    """First the network without the branches against the original with zeroed branches, then its cuts."""
+    out = dropped_by(analysis, plan)
+    if out.conflicts:
+        return Verification(False, True, float("inf"), float("inf"), out.conflicts, {}, "float64")
+    base, rest = cuts_alone(model, plan)
+    dtype, error = "float64", compare_dropped(analysis, base, out.found, torch.float64)
+    if isinstance(error, Reason):
+        dtype, error = "the model's own precision", compare_dropped(analysis, base, out.found, None)
+    if isinstance(error, Reason):
+        conflict = Conflict(
+            Reason(f"without the dropped branches: {error.text}", error.operator, error.module, error.source)
+        )
+        return Verification(False, True, float("inf"), float("inf"), (conflict,), {}, dtype)
+    limit = tolerance if dtype == "float64" else max(tolerance, 1e-3)
+    cut = _verify_cuts(base, small, rest, example_inputs, tolerance, analyse(base, example_inputs))
+    return replace(
+        cut,
+        ok=cut.ok and error <= limit,
+        max_error=max(cut.max_error, error),
+        exact_error=max(cut.exact_error, error),
+        dtype=cut.dtype if dtype == "float64" else dtype,
+    )
+
+
+def _verify_cuts(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float, analysis: Analysis
+) -> Verification:
+    """The cuts of a plan without drops."""
     alive = _alive(analysis, plan)
     mixed, departure = _coherence(analysis, small, alive, example_of(example_inputs))
     conflicts = [*_torn(analysis, alive), *mixed]
@@ -134,7 +172,15 @@ def _check_shapes(model: nn.Module, small: nn.Module, plan: PruningPlan) -> None
         raise PlanError(
             "the plan was not made for this model (the fingerprints differ). Pass the model that was traced."
         )
-    for name, shape in before.items():
+    left = {name: shape for name, shape in before.items() if not within(name, plan.drops)}
+    left |= {f"{path}.zeros": (r.width,) for path, r in plan.replacements.items() if r.width is not None}
+    stray = [name for name in after if name not in left]
+    if plan.drops and stray:
+        raise PlanError(
+            f"the pruned network does not follow the plan: it still has '{stray[0]}', which goes with a dropped branch. "
+            "Make it with attrim.apply(model, plan)."
+        )
+    for name, shape in left.items():
         expected = plan.cuts[name].shape_after if name in plan.cuts else shape
         if after.get(name) != expected:
             raise PlanError(
