@@ -92,8 +92,10 @@ class _Stack(nn.Module):
 
     def __init__(self, n: int, c: int, hidden: int, most: int) -> None:
         super().__init__()
-        self.squeeze = nn.Parameter(torch.empty(n, hidden, c).uniform_(-1, 1) / math.sqrt(c))
-        self.squeeze_bias = nn.Parameter(torch.empty(n, hidden).uniform_(-1, 1) / math.sqrt(c))
+        squeeze = torch.empty(n, hidden, c).uniform_(-1, 1) / math.sqrt(c)
+        squeeze[:, ::2].abs_()  # activations are mostly positive: half of the few hidden units are never dead at first
+        self.squeeze = nn.Parameter(squeeze)
+        self.squeeze_bias = nn.Parameter(torch.zeros(n, hidden))
         self.excite = nn.Parameter(torch.empty(n, c, hidden).uniform_(-1, 1) / math.sqrt(hidden))
         self.excite_bias = nn.Parameter(torch.empty(n, c).uniform_(-1, 1) / math.sqrt(hidden))
         self.out = nn.Parameter(_SMALL * torch.randn(n, most, c) if most else _SMALL * torch.randn(n, c))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from attrim.methods.dcpa.prices import Prices
 from attrim.methods.dcpa.widths import SearchSpace
 from attrim.search.limits import Limits, unreachable
 
-__all__ = ["WINDOW", "Derived", "check_reach", "repair", "uniform_choice"]
+__all__ = ["WINDOW", "Derived", "check_reach", "number_of", "repair", "slack_of"]
 
 WINDOW = 0.01
 """The derived network costs between the budget less this fraction of the whole network, and the budget."""
@@ -48,10 +48,11 @@ def check_reach(space: SearchSpace, limits: Limits, budget: Budget) -> None:
     Raises:
         BudgetError: says the smallest reachable value and what blocks it.
     """
-    least = _vector(space, [0] * len(space.units), limits)
+    nothing = [0] * len(space.units)
+    least = _vector(space, nothing, limits)
     for group in space.gated:
-        least[_number(space.channels, group)] = space.floors[group]
-    if limits.slack(least) < 0:
+        least[number_of(space.channels, group)] = space.floors[group]
+    if slack_of(limits, least, space.drops(nothing)) < 0:
         raise unreachable(space.channels, limits, least, list(space.groups), budget)
 
 
@@ -82,19 +83,25 @@ def repair(
     choice = scores.argmax(1)
     walk = _Walk(space, prices, scores, choice)
     moved = walk.down() + walk.up()
-    kept = walk.vector(limits)
-    if limits.slack(kept) < 0:
+    kept, drops = walk.vector(limits), space.drops(walk.choice.tolist())
+    left = slack_of(limits, kept, drops)
+    if left < 0:
         raise BudgetError(
-            f"the narrowest network of the search space is {-limits.slack(kept):.4f} of the whole above the budget. Allow "
+            f"the narrowest network of the search space is {-left:.4f} of the whole above the budget. Allow "
             "narrower candidates: ratios=(0.05, 0.1, ...), Budget(min_keep=...)."
         )
     if fine:
         moved += _fill(space, scores, walk.choice, kept, limits)
-    dropped = {i for i, unit in enumerate(space.units) if unit.branch is not None and walk.choice[i] == 0}
-    drops = tuple(space.units[i].branch or "" for i in sorted(dropped))
-    gone = {g for i in dropped for g in space.units[i].groups}
-    widths = {g: int(kept[_number(space.channels, g)]) for g in space.groups if g not in gone}
-    return Derived(tuple(walk.choice.tolist()), widths, drops, moved, limits.slack(kept))
+    gone = space.vanishing(drops)
+    widths = {g: int(kept[number_of(space.channels, g)]) for g in space.groups if g not in gone}
+    return Derived(tuple(walk.choice.tolist()), widths, drops, moved, slack_of(limits, kept, drops))
+
+
+def slack_of(limits: Limits, kept: IntArray, drops: Collection[str] = ()) -> float:
+    """Smallest distance below a bound, as a fraction of the whole network; negative when a bound is broken."""
+    cost = limits.cost
+    values = {"macs": cost.macs, "params": cost.params, "channels": cost.channels}
+    return min((bound - values[name](kept, drops)) / whole for name, (bound, whole) in limits.bounds.items())
 
 
 class _Walk:
@@ -136,7 +143,8 @@ class _Walk:
         shares = (costs / self.prices.whole).numpy()
         change = np.abs(shares[1:] - shares[:1]).max(1)
         loss = self.scores[units, self.choice[units]] - self.scores[units, self.choice[units] + step]
-        return int(units[np.lexsort((units, loss / np.maximum(change, 1e-12)))[0]])
+        price = np.where(change > 1e-12, loss / np.maximum(change, 1e-12), np.inf)  # what is gone already saves nothing
+        return int(units[np.lexsort((units, price))[0]])
 
     def _moved(self, units: IntArray, step: int) -> IntArray:
         moved = np.repeat(self.choice[None], len(units), 0)
@@ -150,74 +158,41 @@ class _Walk:
 
 def _fill(space: SearchSpace, scores: np.ndarray, choice: IntArray, kept: IntArray, limits: Limits) -> int:
     """Raise single groups in place, the one whose next candidate is likeliest first, while more than the window is left."""
-    wishes = []
+    wishes, drops = [], space.drops(choice.tolist())
+    gone = space.vanishing(drops)
     for u, unit in enumerate(space.units):
         k = int(choice[u])
         if unit.branch is not None and k == 0:
             continue
         wish = scores[u, k + 1] - scores[u, k] if k + 1 < len(unit) else -np.inf
-        wishes += [(-wish, u, _number(space.channels, g), space.channels[g].size) for g in unit.groups]
+        wishes += [
+            (-wish, u, number_of(space.channels, g), space.channels[g].size) for g in unit.groups if g not in gone
+        ]
     wishes.sort()
     moves = 0
-    while limits.slack(kept) > WINDOW:
+    while slack_of(limits, kept, drops) > WINDOW:
         before = moves
         for *_, g, size in wishes:
             old = int(kept[g])
             kept[g] = min(size, (old // space.multiple + 1) * space.multiple)
-            if kept[g] == old or limits.slack(kept) < 0:
+            if kept[g] == old or slack_of(limits, kept, drops) < 0:
                 kept[g] = old
                 continue
             moves += 1
-            if limits.slack(kept) <= WINDOW:
+            if slack_of(limits, kept, drops) <= WINDOW:
                 break
         if moves == before:
             break
     return moves
 
 
-def uniform_choice(space: SearchSpace, limits: Limits) -> dict[str, int]:
-    """Group -> width: one ratio for all searched groups, the largest that fits the budget, filled up channel by channel.
-
-    The control that a searched network has to beat. Nothing is dropped.
-    """
-    numbers = np.array([_number(space.channels, g) for g in space.groups], np.int64)
-    sizes = np.array([space.channels[g].size for g in space.groups], np.int64)
-    floors = np.array([space.floors[g] for g in space.groups], np.int64)
-
-    def at(ratio: float) -> IntArray:
-        kept = space.channels.cost.sizes.copy()
-        near = np.floor(ratio * sizes / space.multiple + 1e-9).astype(np.int64) * space.multiple
-        kept[numbers] = np.where(ratio >= 1, sizes, np.clip(near, floors, sizes))
-        return kept
-
-    low, high = 0.0, 1.0
-    if limits.slack(at(1.0)) >= 0:
-        low = 1.0
-    for _ in range(40 if low < 1 else 0):
-        middle = (low + high) / 2
-        low, high = (middle, high) if limits.slack(at(middle)) >= 0 else (low, middle)
-    kept = at(low)
-    progress = True
-    while progress and limits.slack(kept) > WINDOW:
-        progress = False
-        for number, size in sorted(zip(numbers.tolist(), sizes.tolist(), strict=True), key=lambda p: kept[p[0]] / p[1]):
-            old = int(kept[number])
-            kept[number] = min(size, (old // space.multiple + 1) * space.multiple)
-            if kept[number] == old or limits.slack(kept) < 0:
-                kept[number] = old
-                continue
-            progress = True
-            if limits.slack(kept) <= WINDOW:
-                break
-    return {g: int(kept[n]) for g, n in zip(space.groups, numbers.tolist(), strict=True)}
-
-
 def _vector(space: SearchSpace, choice: list[int], limits: Limits) -> IntArray:
     kept = limits.cost.sizes.copy()
     for group, width in space.kept(choice).items():
-        kept[_number(space.channels, group)] = width
+        kept[number_of(space.channels, group)] = width
     return kept
 
 
-def _number(channels: ChannelMap, group: str) -> int:
+def number_of(channels: ChannelMap, group: str) -> int:
+    """The place of a group in the cost model's vectors."""
     return channels.cost.groups.index(group)

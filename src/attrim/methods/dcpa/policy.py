@@ -78,8 +78,10 @@ class Policy(nn.Module):
             theta = spread * torch.randn(valid.shape)
             gated = sum(space.channels[g].size for g in space.gated)
             opened = spread * torch.randn(gated) + (0.0 if kind == "random" else 3.0)
-            if start == "wide":
-                theta[torch.arange(len(theta)), valid.sum(1) - 1] += 3.0
+            bare = torch.tensor([not unit.groups for unit in space.units], dtype=torch.bool)
+            wide = torch.ones_like(bare) if start == "wide" else bare & (kind != "random")
+            last = valid.sum(1) - 1
+            theta[torch.arange(len(theta)), last] += 3.0 * wide  # a branch alone begins by being there
             self.theta, self.open = nn.Parameter(theta), nn.Parameter(opened)
             parts = space.slices()[len(space.units) :] if space.gated else space.slices()
             most = 0 if space.gated else space.most
@@ -124,7 +126,7 @@ class Policy(nn.Module):
     def expected(self) -> Tensor:
         """Expected cost, shape ``(R,)``, float64, differentiable: of the noise-free probabilities."""
         moments = self._moments(self.channel_logits().double().sigmoid()) if self.space.gated else None
-        return self.prices.expected(self.log_probabilities().exp(), moments)
+        return self.prices.expected(self.logits().double().softmax(1), moments)
 
     @torch.no_grad()
     def likeliest(self) -> Tensor:

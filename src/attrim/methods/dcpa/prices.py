@@ -17,8 +17,11 @@ from attrim.search.limits import Limits
 
 __all__ = ["Prices"]
 
-Monomial: TypeAlias = tuple[tuple[int, int], ...]
-"""``((group number, power), ...)`` in rising order; a coefficient is kept beside it."""
+Powers: TypeAlias = tuple[tuple[int, int], ...]
+"""``((group number, power), ...)`` in rising order."""
+
+Monomial: TypeAlias = tuple[Powers, int]
+"""Powers, and the innermost branch that takes the term with it, or -1; a coefficient is kept beside it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,10 +115,14 @@ class _Book:
         self.space = space
         self.unit_of = {number[g]: (u, col) for u, unit in enumerate(space.units) for col, g in enumerate(unit.groups)}
         self.gated = {number[g]: i for i, g in enumerate(space.gated)}
+        cost = space.channels.cost
+        unit_of = {unit.branch: u for u, unit in enumerate(space.units) if unit.branch is not None}
+        self.unit_of_branch = {i: unit_of[id] for i, id in enumerate(cost.branches) if id in unit_of}
+        self.inside = cost.inside.tolist()
         self.rows: list[list[float]] = []
         self.owners: list[int] = []
         self.moments: list[tuple[int, int]] = []
-        self._known: dict[tuple[int, Monomial], int] = {}
+        self._known: dict[tuple[int, Powers, bool], int] = {}
         self._known_moments: dict[tuple[int, int], int] = {}
 
     def add(self, polynomial: Counter[Monomial]) -> _Sum:
@@ -128,15 +135,21 @@ class _Book:
         return _Sum(torch.tensor([float(c) for c in polynomial.values()], dtype=torch.float64), index)
 
     def _factors(self, monomial: Monomial) -> list[int]:
+        powers, branch = monomial
         parts: dict[int, list[tuple[int, int]]] = {}
-        factors = []
-        for group, power in monomial:
+        factors, ending = [], set()
+        while branch >= 0:
+            if branch in self.unit_of_branch:
+                ending.add(self.unit_of_branch[branch])
+                parts.setdefault(self.unit_of_branch[branch], [])
+            branch = self.inside[branch]
+        for group, power in powers:
             if group in self.gated:
                 factors.append(self._moment(self.gated[group], power))
             else:
                 u, column = self.unit_of[group]
                 parts.setdefault(u, []).append((column, power))
-        return factors + [self._row(u, tuple(part)) for u, part in parts.items()]
+        return factors + [self._row(u, tuple(part), u in ending) for u, part in parts.items()]
 
     def _moment(self, gated: int, power: int) -> int:
         key = (gated, power)
@@ -145,13 +158,16 @@ class _Book:
             self.moments.append(key)
         return -1 - self._known_moments[key]
 
-    def _row(self, u: int, part: Monomial) -> int:
-        key = (u, part)
+    def _row(self, u: int, part: Powers, ends: bool) -> int:
+        """The number of a row: the product of the unit's widths, and 0 where its branch is dropped and takes the term along."""
+        key = (u, part, ends)
         if key not in self._known:
             unit = self.space.units[u]
             values = np.ones(len(unit))
             for column, power in part:
                 values = values * unit.widths[:, column].astype(np.float64) ** power
+            if ends:
+                values[0] = 0.0
             self._known[key] = len(self.rows) + 1
             self.rows.append([*values.tolist(), *[0.0] * (self.space.most - len(unit))])
             self.owners.append(u)
@@ -162,7 +178,8 @@ def _polynomial(cost: CostModel, terms: Terms, searched: set[int]) -> Counter[Mo
     """A sum of terms multiplied out; groups that are not searched are whole."""
     linear = _linear(cost, searched)
     total: Counter[Monomial] = Counter()
-    for coefficient, factors in zip(terms.coefficient.tolist(), terms.factors.tolist(), strict=True):
+    branches = [-1] * len(terms.coefficient) if terms.branch is None else terms.branch.tolist()
+    for coefficient, factors, branch in zip(terms.coefficient.tolist(), terms.factors.tolist(), branches, strict=True):
         for parts in product(*(linear[w] for w in factors)):
             number = coefficient
             powers: Counter[int] = Counter()
@@ -171,7 +188,7 @@ def _polynomial(cost: CostModel, terms: Terms, searched: set[int]) -> Counter[Mo
                 if group >= 0:
                     powers[group] += 1
             if number:
-                total[tuple(sorted(powers.items()))] += number
+                total[tuple(sorted(powers.items())), branch] += number
     return total
 
 
@@ -193,7 +210,11 @@ def _linear(cost: CostModel, searched: set[int]) -> list[list[tuple[int, int]]]:
 
 def _count(cost: CostModel, searched: set[int]) -> Counter[Monomial]:
     """The number of channels."""
-    rest = int(sum(size for g, size in enumerate(cost.sizes.tolist()) if g not in searched))
-    total: Counter[Monomial] = Counter({((g, 1),): 1 for g in searched})
-    total[()] = rest
+    owner = [-1] * len(cost.sizes) if cost.group_branch is None else cost.group_branch.tolist()
+    total: Counter[Monomial] = Counter()
+    for g, size in enumerate(cost.sizes.tolist()):
+        if g in searched:
+            total[((g, 1),), owner[g]] += 1
+        else:
+            total[(), owner[g]] += size
     return total

@@ -17,8 +17,9 @@ from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import InputError
 from attrim.methods.dcpa.attention import Kind
-from attrim.methods.dcpa.derive import Derived, check_reach, repair, uniform_choice
+from attrim.methods.dcpa.derive import Derived, check_reach, repair
 from attrim.methods.dcpa.halves import halves
+from attrim.methods.dcpa.levels import by_threshold, uniform
 from attrim.methods.dcpa.options import DcpaOptions
 from attrim.methods.dcpa.policy import Policy
 from attrim.methods.dcpa.prices import Prices
@@ -39,7 +40,6 @@ from attrim.recover.keeper import fill_tensors, tensors_of
 from attrim.recover.randomness import own_randomness
 from attrim.recover.recipe import Recipe
 from attrim.score.api import score
-from attrim.search.allocate import allocate
 from attrim.search.decide import plan_from_kept
 from attrim.search.limits import limits_of
 
@@ -75,24 +75,26 @@ class Searched:
         """The network of a budget; see :func:`attrim.methods.dcpa.derive.repair`."""
         limits = limits_of(self.space.channels.cost, budget)
         if self.kind == "uniform":
-            kept = uniform_choice(self.space, limits)
-            return Derived((), kept, (), 0, limits.slack(self.space.channels.cost.vector(kept)))
-        prices = Prices(self.space, limits)
+            return uniform(self.space, limits)
         with torch.no_grad():
-            return repair(self.space, prices, self.policy.log_probabilities(), limits, fine=fine)
+            log_p = self.policy.log_probabilities()
+            if self.space.gated:
+                return by_threshold(self.space, limits, self.scores().values, log_p[:, 1:].sum(1) - log_p[:, 0])
+            return repair(self.space, Prices(self.space, limits), log_p, limits, fine=fine)
 
-    def plan(self, budget: Budget, *, fine: bool = True) -> tuple[PruningPlan, Derived | None]:
+    def plan(self, budget: Budget, *, fine: bool = True) -> tuple[PruningPlan, Derived]:
         """The plan of a budget, which may be another than that of the search, and how it was derived.
 
         Example:
             >>> for share in (0.3, 0.5, 0.7):
             ...     plan, _ = searched.plan(attrim.Budget(macs=share))
         """
-        notes = {"criterion": "dcpa", "kind": self.kind}
-        if self.space.gated:
-            return allocate(self.space.channels, self.scores(), budget), None
         derived = self.derive(budget, fine=fine)
-        kept = {g: self.ranked[g][:width].tolist() for g, width in derived.kept.items()}
+        ranked = self.ranked
+        if self.space.gated:
+            ranked = {g: v.argsort(descending=True, stable=True) for g, v in self.scores().values.items()}
+        kept = {g: ranked[g][:width].tolist() for g, width in derived.kept.items()}
+        notes = {"criterion": "dcpa", "kind": self.kind}
         return plan_from_kept(self.space.channels, kept, notes), derived
 
     def network(self, plan: PruningPlan, batches: Iterable[Any], limit: int = 100) -> nn.Module:
@@ -114,7 +116,7 @@ class Searched:
             values[group] = place
         return Scores(values, "dcpa")
 
-    def log(self, derived: Derived | None) -> tuple[Mapping[str, Any], ...]:
+    def log(self, derived: Derived) -> tuple[Mapping[str, Any], ...]:
         """Lines for the log of the run."""
         space = self.space
         begin: dict[str, Any] = {
@@ -122,7 +124,7 @@ class Searched:
             "parameters": sum(p.numel() for p in self.policy.parameters()),
         }  # fmt: skip
         begin |= {"refused": dict(self.refused)} if self.refused else {}
-        end = {"step": "derived"} if derived is None else {
+        end = {
             "step": "derived", "repairs": derived.moved, "slack": derived.slack, "widths": dict(derived.kept),
             "drops": list(derived.drops),
         }  # fmt: skip
@@ -147,7 +149,13 @@ def search_policy(
     stages = run.stages("dcpa", model, {**options.identity(), "budget": asdict(budget)})
     plot = _plot(model, channels, data, options)
     space = make_space(
-        channels, plot.places, budget, ratios=options.ratios, share=options.share, by_channel=options.space == "channel"
+        channels,
+        plot.places,
+        budget,
+        ratios=options.ratios,
+        share=options.share,
+        by_channel=options.space == "channel",
+        drop=options.drop,
     )
     limits = limits_of(channels.cost, budget)
     prices = Prices(space, limits)

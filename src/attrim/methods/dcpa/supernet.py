@@ -7,13 +7,15 @@ activation, and is right for depthwise layers, concatenations and residual strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from attrim.core.channels import ChannelGroup, Member
 from attrim.core.cost import IntArray
@@ -23,6 +25,9 @@ from attrim.methods.dcpa.widths import SearchSpace
 from attrim.modules.names import named_tensors
 
 __all__ = ["Supernet", "readers"]
+
+_LINEAR = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, _ConvNd, nn.Linear)
+"""Layers whose output is a linear function of their own weight and bias."""
 
 
 class Supernet:
@@ -66,6 +71,12 @@ class Supernet:
                         f"'{other}' belongs to a recurrent layer, whose width cannot be searched. Freeze it."
                     )
                 self._homes.setdefault(name, []).append((modules[path], leaf))
+        self._gated: dict[str, list[int]] = {}
+        self._hooked: list[tuple[nn.Module, int]] = []
+        gates = {branch.id: branch.gate for branch in space.channels.branches}
+        for u, unit in enumerate(space.units):
+            if unit.branch is not None:
+                self._gate(gates[unit.branch], u, modules, set(named.aliases) | set(named.aliases.values()))
         self._active = False
 
     @contextmanager
@@ -79,9 +90,11 @@ class Supernet:
             raise InputError("the model is masked already; leave the first block before.")
         self._active = True
         own: list[tuple[Any, str, Any]] = []
+        handles: list[Any] = []
         try:
             flat = torch.cat([draw.mask, draw.mask.new_ones(1)])
-            weights = {name: self._weight(name, flat, draw) for name in self._axes}
+            weights = {name: self._weight(name, flat, draw) for name in self._homes}
+            handles = [module.register_forward_hook(_times(draw.gates[u])) for module, u in self._hooked]
             for name, homes in self._homes.items():
                 for module, leaf in homes:
                     store = module._parameters if leaf in module._parameters else module._buffers
@@ -89,6 +102,8 @@ class Supernet:
                     store[leaf] = weights[name]
             yield
         finally:
+            for handle in handles:
+                handle.remove()
             for store, leaf, tensor in own:
                 store[leaf] = tensor
             self._active = False
@@ -101,12 +116,32 @@ class Supernet:
                 if member.axis.tensor == name:
                     weight = _mixed(weight, member, matrix)
         factors: Tensor | None = None
-        for dim, index in self._indices(flat.device)[name]:
+        for u in self._gated.get(name, ()):
+            gate = draw.gates[u].to(weight.device, weight.dtype)
+            factors = gate if factors is None else factors * gate
+        for dim, index in self._indices(flat.device).get(name, ()):
             shape = [1] * weight.ndim
             shape[dim] = -1
             own = flat[index].to(weight.device, weight.dtype).view(shape)
             factors = own if factors is None else factors * own
         return weight if factors is None else weight * factors
+
+    def _gate(self, path: str, u: int, modules: Mapping[str, nn.Module], tied: set[str]) -> None:
+        """Note where a branch's output is multiplied: in the weights of its last layer where that is the same."""
+        module = modules[path]
+        last, end = module, path
+        while type(last) is nn.Sequential and len(last):
+            end = f"{end}.{len(last) - 1}" if f"{end}.{len(last) - 1}" in modules else ""
+            last = modules.get(end, nn.Identity())
+        names = [f"{end}.{leaf}" for leaf, _ in last.named_parameters(recurse=False)]
+        plain = isinstance(last, _LINEAR) and type(last).__module__.startswith("torch.nn.modules")
+        if not plain or f"{end}.weight" not in names or tied & set(names):
+            self._hooked.append((module, u))
+            return
+        for name in names:
+            self._gated.setdefault(name, []).append(u)
+            if name not in self._homes:
+                self._homes[name] = [(last, name.rpartition(".")[2])]
 
     def _indices(self, device: torch.device) -> Mapping[str, Sequence[tuple[int, Tensor]]]:
         if device not in self._index:
@@ -115,6 +150,15 @@ class Supernet:
                 for name, rows in self._axes.items()
             }
         return self._index[device]
+
+
+def _times(gate: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+    def scale(module: nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (out[0] * gate.to(out[0].dtype), *out[1:])
+        return out * gate.to(out.dtype)
+
+    return scale
 
 
 def readers(group: ChannelGroup) -> Sequence[Member]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from attrim.methods.dcpa.widths import SearchSpace
 from attrim.modules.gates.attach import channel_means
@@ -15,9 +17,14 @@ from attrim.modules.gates.places import Place
 
 __all__ = ["Watched"]
 
+_NOT_ACTIVE = (_NormBase, nn.GroupNorm, nn.LayerNorm, _ConvNd, nn.Linear)
+
 
 class Watched:
     """Mean activations, behind the activation function and before any mask.
+
+    Where the activation is no module of its own (``F.relu``), a ReLU is taken for it: straight behind a batch norm the mean
+    would be nothing but the norm's bias.
 
     A group that several layers add up to, or that runs several times, has the mean over all of them.
 
@@ -68,8 +75,10 @@ class Watched:
         return torch.cat([p.to(device) for p in parts])
 
     @torch.no_grad()
-    def note(self, place: Place, x: Tensor) -> None:
-        """Take in what came out at a place."""
+    def note(self, place: Place, module: nn.Module, x: Tensor) -> None:
+        """Take in what came out of the last module of a place."""
+        if isinstance(module, _NOT_ACTIVE):
+            x = x.relu()
         self._seen.setdefault(place.group, []).append(channel_means(x.detach(), place).mean(0).float())
 
 
@@ -91,6 +100,6 @@ class _Follow:
                 return
             self.waiting = None if path == place.module else out
             if path == place.module and isinstance(out, Tensor):
-                self.watched.note(place, out)
+                self.watched.note(place, module, out)
 
         return call

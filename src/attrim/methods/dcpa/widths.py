@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
@@ -97,12 +98,25 @@ class SearchSpace:
         return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
     def kept(self, choice: Sequence[int]) -> dict[str, int]:
-        """Group -> width, for one candidate of each unit; groups of a dropped branch are left out."""
+        """Group -> width, for one candidate of each unit; groups that vanish with a branch are left out."""
+        gone = self.vanishing(self.drops(choice))
         found: dict[str, int] = {}
         for unit, k in zip(self.units, choice, strict=True):
             if unit.branch is None or k:
                 found |= dict(zip(unit.groups, unit.widths[k].tolist(), strict=True))
-        return found
+        return {g: width for g, width in found.items() if g not in gone}
+
+    def drops(self, choice: Sequence[int]) -> tuple[str, ...]:
+        """Branches that go, for one candidate of each unit; what is inside another that goes is not named."""
+        asked = [u.branch for u, k in zip(self.units, choice, strict=True) if u.branch is not None and not k]
+        inside = {branch.id: branch.inside for branch in self.channels.branches}
+        return tuple(b for b in asked if not _within(b, asked, inside))
+
+    def vanishing(self, drops: Collection[str]) -> set[str]:
+        """Groups that vanish with these branches."""
+        inside = {branch.id: branch.inside for branch in self.channels.branches}
+        gone = [b for b in self.channels.branches if b.id in drops or _within(b.id, drops, inside)]
+        return {g for branch in gone for g in branch.groups}
 
 
 def make_space(
@@ -113,6 +127,7 @@ def make_space(
     ratios: Sequence[float] = RATIOS,
     share: Share = "group",
     by_channel: bool = False,
+    drop: bool = False,
 ) -> SearchSpace:
     """Candidate widths for ``groups`` within the floors and multiples of ``budget``.
 
@@ -127,6 +142,7 @@ def make_space(
         ratios: kept fractions in (0, 1].
         share: ``group``: a policy for each group; ``block``: groups of one parent module choose the same ratio.
         by_channel: every channel of a group is decided on its own.
+        drop: residual branches may vanish: the groups inside a branch choose one ratio together, and candidate 0 drops it.
 
     Raises:
         InputError: a ratio out of its range. BudgetError: nothing is left to search.
@@ -144,17 +160,53 @@ def make_space(
     step = budget.multiple_of
     floors = {g: min(channels[g].size, -(-budget.floor(channels[g].size) // step) * step) for g in names}
     names = [g for g in names if floors[g] < channels[g].size]
-    if not names:
+    inner = _branches(channels, names, budget) if drop else {}
+    if not names and not inner:
         raise BudgetError("no group is left to search: all are frozen, refused, or as narrow as their floors.")
     if by_channel:
-        return SearchSpace(channels, (), tuple(names), floors, step)
+        alone = tuple(Unit(id, (), np.zeros((2, 0), np.int64), id) for id in inner)
+        return SearchSpace(channels, alone, tuple(names), floors, step)
+    inside = {g for members in inner.values() for g in members}
+    parts = [(id, members) for id, members in inner.items()]
+    parts += [("", members) for members in _together([g for g in names if g not in inside], share)]
+    place = {g: i for i, g in enumerate(channels.groups)}
+    parts.sort(key=lambda part: min((place[g] for g in part[1]), default=len(place)))
     units = []
-    for members in _together(names, share):
-        table = np.stack([_widths(channels[g].size, floors[g], step, wanted) for g in members], axis=1)
-        table = np.unique(table, axis=0)
+    for branch, members in parts:
+        columns = [_widths(channels[g].size, floors[g], step, wanted) for g in members]
+        table = np.unique(np.stack(columns, axis=1), axis=0) if columns else np.zeros((1, 0), np.int64)
+        if branch:
+            table = np.concatenate([np.zeros((1, len(members)), np.int64), table])
         if len(table) > 1:
-            units.append(Unit(members[0], members, table))
+            units.append(Unit(branch or members[0], members, table, branch or None))
     return SearchSpace(channels, tuple(units), (), floors, step)
+
+
+def _branches(channels: ChannelMap, names: Collection[str], budget: Budget) -> dict[str, tuple[str, ...]]:
+    """Branch that may go -> the searched groups of which it is the smallest branch, in network order."""
+    cost = channels.cost
+    owner = np.full(len(cost.groups), -1) if cost.group_branch is None else cost.group_branch
+    smallest = {g: cost.branches[i] for g, i in zip(cost.groups, owner.tolist(), strict=True) if i >= 0}
+    return {
+        branch.id: tuple(g for g in names if smallest.get(g) == branch.id)
+        for branch in channels.branches
+        if branch.gate and not any(_frozen(channels, tensor, budget) for tensor in branch.tensors)
+    }
+
+
+def _frozen(channels: ChannelMap, tensor: str, budget: Budget) -> bool:
+    forms = [tensor, *(f"{tensor}:{d}" for d in range(len(channels.shapes.get(tensor, ()))))]
+    return any(fnmatchcase(form, glob) for form in forms for glob in budget.frozen)
+
+
+def _within(branch: str, others: Collection[str], inside: Mapping[str, str]) -> bool:
+    """Whether one of the others contains the branch."""
+    outer = inside.get(branch, "")
+    while outer:
+        if outer in others:
+            return True
+        outer = inside.get(outer, "")
+    return False
 
 
 def _together(names: Sequence[str], share: Share) -> list[tuple[str, ...]]:
