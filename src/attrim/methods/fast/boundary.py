@@ -54,7 +54,7 @@ def boundary(recording: Recording, at: int) -> Boundary:
     needed |= calls[0].gives  # what the network returns
     changed = {storage for op in ops[at:] for storage in op.changes}
     for number in range(at - 1, -1, -1):
-        if again[number] and ops[number].gives & needed:
+        if again[number] and (ops[number].escapes or ops[number].gives & needed):
             needed |= ops[number].reads
         if again[number]:
             changed |= ops[number].changes

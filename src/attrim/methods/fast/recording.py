@@ -46,12 +46,16 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operator call: storages that it reads, gives and changes, and roughly what it costs."""
+    """One operator call: storages that it reads, gives and changes, and roughly what it costs.
+
+    ``escapes`` if it gives a number to the code that called it, which may go another way for another one.
+    """
 
     reads: frozenset[int]
     gives: frozenset[int]
     changes: frozenset[int]
     work: int
+    escapes: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +132,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 frozenset(map(_storage, (*outputs, *changed))),
                 frozenset(map(_storage, changed)),
                 _work(inputs, outputs),
+                not outputs and not changed,
             )
         )
         return out
