@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
+import numpy.typing as npt
 
 from attrim.errors import InputError
 from attrim.search.protocol import Proposals, Search, Start
 from attrim.search.space import FloatArray, Point, Space
 
-__all__ = ["neighbourhood", "neighbourhood_with"]
+__all__ = ["Shift", "neighbourhood", "neighbourhood_with"]
+
+Shift = Literal["chosen", "all"]
 
 _DRAWS = 4
 """Draws for each wanted neighbour before the neighbourhood counts as seen."""
 
 
 def neighbourhood_with(
-    *, groups: int = 2, delta: float = 0.2, finest: float = 0.025, neighbours: int = 10, failures: int = 3
+    *,
+    groups: int = 2,
+    delta: float = 0.2,
+    finest: float = 0.025,
+    neighbours: int = 10,
+    failures: int = 3,
+    shift: Shift = "chosen",
 ) -> Search:
     """The search of :func:`neighbourhood` with other settings.
 
     Args:
         groups: how many groups a neighbour differs in before it is projected, >= 1.
+        shift: which groups make up for the change, so that the budget is met: the ``chosen`` ones alone, or ``all``. With
+            ``chosen``, the first of them is any group and the others come behind it: a neighbour then agrees with the
+            present point up to there, half of the network on average, and is evaluated from there on.
         delta: largest change of a kept fraction, in (0, 1].
         finest: the search restarts when ``delta`` falls below.
         neighbours: candidates in a batch, of which the best is taken.
@@ -29,6 +43,8 @@ def neighbourhood_with(
     Raises:
         InputError: a setting out of its range.
     """
+    if shift not in get_args(Shift):
+        raise InputError(f"shift: expected 'chosen' or 'all', found {shift!r}.")
     if groups < 1 or neighbours < 1 or failures < 1 or not 0 < finest <= delta <= 1:
         raise InputError(
             f"neighbourhood: expected groups, neighbours and failures >= 1 and 0 < finest <= delta <= 1, found {groups}, "
@@ -46,7 +62,7 @@ def neighbourhood_with(
         while True:
             step, lost = delta, 0
             while step >= finest:
-                batch = _neighbours(space, here, step, groups, neighbours, seen, random)
+                batch = _neighbours(space, here, step, groups, neighbours, seen, random, shift)
                 seen.update(batch)
                 values = yield batch
                 top = int(np.argmax(values)) if batch else -1
@@ -68,7 +84,7 @@ def neighbourhood_with(
 
 neighbourhood: Search = neighbourhood_with()
 """Hill climbing by best improvement. A neighbour changes two groups' kept fractions by up to ``delta`` each and is
-projected on the budget; the best of ten new ones replaces the present point if it is better. After three batches without
+projected on the budget by a shift of these two; the best of ten new ones replaces the present point if it is better. After three batches without
 improvement ``delta`` halves; below 0.025 the search starts anew, by turns from the best point with 30 % of its groups
 redrawn and from random ratios.
 
@@ -78,20 +94,37 @@ here is our reading (two groups: Lin et al., ABCPruner, IJCAI 2020).
 
 
 def _neighbours(
-    space: Space, here: Point, delta: float, groups: int, count: int, seen: set[Point], random: np.random.Generator
+    space: Space,
+    here: Point,
+    delta: float,
+    groups: int,
+    count: int,
+    seen: set[Point],
+    random: np.random.Generator,
+    shift: Shift,
 ) -> list[Point]:
     base = space.ratios(here)
     found: dict[Point, None] = {}
+    groups = min(groups, len(space))
     for _ in range(_DRAWS * count):
         ratios = base.copy()
-        chosen = random.choice(len(space), size=min(groups, len(space)), replace=False)
+        chosen = _from_one_on(len(space), groups, random) if shift == "chosen" else None
+        if chosen is None:
+            chosen = random.choice(len(space), size=groups, replace=False)
         ratios[chosen] = np.clip(ratios[chosen] + random.uniform(-delta, delta, len(chosen)), 0, 1)
-        point = space.project(ratios)
-        if point not in seen:
+        point = space.project(ratios, only=chosen if shift == "chosen" else None)
+        if point not in seen and space.fits(point):
             found[point] = None
         if len(found) == count:
             break
     return list(found)
+
+
+def _from_one_on(size: int, groups: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Numbers of one group, any that has enough behind it, and of others behind it."""
+    first = int(random.integers(size - groups + 1))
+    behind = random.choice(np.arange(first + 1, size), size=groups - 1, replace=False)
+    return np.concatenate([[first], behind]).astype(np.int64)
 
 
 def _redrawn(space: Space, base: Point, share: float, random: np.random.Generator) -> Point:

@@ -88,7 +88,7 @@ class Space:
         vector = np.asarray(kept, dtype=np.int64)
         return bool((vector >= self.floors).all()) and self.limits.slack(vector) >= 0
 
-    def project(self, ratios: FloatArray) -> Point:
+    def project(self, ratios: FloatArray, only: IntArray | None = None) -> Point:
         """The candidate on the budget that is nearest to ``ratios`` along a common shift.
 
         The shift is bisected; the step at which the budget would break is taken group by group while it holds, and if
@@ -97,6 +97,8 @@ class Space:
 
         Args:
             ratios: shape (F,), kept fraction wanted of each free group; any finite numbers.
+            only: numbers of the free groups that are shifted; the others get what ``ratios`` say, and the result may lie
+                beyond the budget where these groups cannot make up for it. None shifts all.
 
         Raises:
             InputError: another shape, or numbers that are not finite.
@@ -107,21 +109,24 @@ class Space:
         wanted = np.asarray(ratios, dtype=np.float64)
         if wanted.shape != self.free.shape or not np.isfinite(wanted).all():
             raise InputError(f"ratios: expected {len(self)} finite numbers, one per free group, found {ratios!r}.")
+        moved = np.ones(len(self)) if only is None else np.zeros(len(self))
+        moved[() if only is None else only] = 1.0
         low, high = float(-1 - wanted.max()), float(2 - wanted.min())
-        if self.limits.slack(self.at(wanted, high)) >= 0:
-            return _point(self.at(wanted, high))
+        if self.limits.slack(self.at(wanted, high * moved)) >= 0:
+            return _point(self.at(wanted, high * moved))
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            if self.limits.slack(self.at(wanted, middle)) >= 0:
+            if self.limits.slack(self.at(wanted, middle * moved)) >= 0:
                 low = middle
             else:
                 high = middle
-        kept, above = self.at(wanted, low), self.at(wanted, high)
-        self._top_up(kept, above, wanted + low, 0.0)
-        self._top_up(kept, self.cost.sizes, wanted + low, TOLERANCE)
+        kept, above = self.at(wanted, low * moved), self.at(wanted, high * moved)
+        if self.limits.slack(kept) >= 0:
+            self._top_up(kept, above, wanted + low * moved, 0.0, moved > 0)
+            self._top_up(kept, self.cost.sizes, wanted + low * moved, TOLERANCE, moved > 0)
         return _point(kept)
 
-    def at(self, ratios: FloatArray, shift: float) -> IntArray:
+    def at(self, ratios: FloatArray, shift: float | FloatArray) -> IntArray:
         """Kept counts, shape (G,), of ``ratios + shift`` rounded to the allowed widths; the budget may not hold."""
         kept = self.cost.sizes.copy()
         asked = np.clip(ratios + shift, 0, 1) * self.sizes
@@ -130,9 +135,11 @@ class Space:
         kept[self.free] = np.clip(np.where(full, self.sizes, widths), self.floors[self.free], self.sizes)
         return kept
 
-    def _top_up(self, kept: IntArray, ceiling: IntArray, ratios: FloatArray, spare: float) -> None:
+    def _top_up(
+        self, kept: IntArray, ceiling: IntArray, ratios: FloatArray, spare: float, moved: npt.NDArray[np.bool_]
+    ) -> None:
         """Raise groups step by step in place, largest wish first, while the limits hold and more than ``spare`` is left."""
-        closed = np.zeros(len(self), bool)
+        closed = ~moved
         while self.limits.slack(kept) > spare:
             mine = kept[self.free]
             wish = np.where(closed | (mine >= ceiling[self.free]), -np.inf, ratios - mine / self.sizes)
