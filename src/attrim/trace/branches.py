@@ -16,6 +16,7 @@ from attrim.core.plan import within
 from attrim.trace.graph import Graph, ModuleCall
 from attrim.trace.regions import Region, find_regions, reason_of
 from attrim.trace.standins import StandIns, ranges, stand_ins, transparent
+from attrim.trace.trial import tried
 
 if TYPE_CHECKING:
     from attrim.trace.capture import Analysis
@@ -84,9 +85,28 @@ def find_branches(analysis: Analysis) -> tuple[list[Found], dict[str, tuple[str,
             reasons.append(reason_of(graph, region.total, f"cannot be removed: {made}"))
         else:
             removals[region.total] = made
+    reasons += _try(analysis, graph, regions, removals)
     kept = [region for region in regions if region.total in removals]
     found = _name([_branch(analysis, graph, region, removals[region.total]) for region in kept])
-    return found, _passes(analysis, graph, found, known), list(dict.fromkeys(reasons))
+    passes = _passes(analysis, graph, found, known)
+    failed = tried(analysis, [{path: Replacement()} for path in passes])
+    passes = {path: ids for i, (path, ids) in enumerate(passes.items()) if i not in failed}
+    return found, passes, list(dict.fromkeys(reasons))
+
+
+def _try(analysis: Analysis, graph: Graph, regions: Sequence[Region], removals: dict[int, StandIns]) -> list[Reason]:
+    """Take out of ``removals`` what the network does not run without; branches inside others in runs of their own."""
+    depth = {
+        r.total: sum(r.total in outer.ops for outer in regions if outer.total in removals)
+        for r in regions if r.total in removals
+    }  # fmt: skip
+    reasons = []
+    for level in sorted(set(depth.values())):
+        totals = [total for total in removals if depth[total] == level]
+        for i, why in tried(analysis, [removals[total].replacements for total in totals]).items():
+            reasons.append(reason_of(graph, totals[i], f"cannot be removed: {why}"))
+            del removals[totals[i]]
+    return reasons
 
 
 # -- removal ------------------------------------------------------------------------------------------------------------

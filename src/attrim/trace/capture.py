@@ -67,10 +67,13 @@ def label_tensors(engine: Engine) -> tuple[LabelSpace, dict[str, list[IntArray |
     return space, labels
 
 
-def analyse(model: nn.Module, example_inputs: Any, *, check: bool = False) -> Analysis:
+def analyse(
+    model: nn.Module, example_inputs: Any, *, check: bool = False, decisions: Mapping[SiteKey, int] | None = None
+) -> Analysis:
     """Record a labelled run and settle every size-bearing site by probing cut copies.
 
-    With ``check`` every group is also cut and compared in numbers; one that fails is pinned with the reason.
+    With ``check`` every group is also cut and compared in numbers; one that fails is pinned with the reason. ``decisions``
+    are those of an earlier run of much the same code, to read its sites in the same way.
     """
     from attrim.trace.check import check_numbers
     from attrim.trace.probe import settle
@@ -79,7 +82,7 @@ def analyse(model: nn.Module, example_inputs: Any, *, check: bool = False) -> An
     engine = Engine(model, example_of(example_inputs))
     space, labels = label_tensors(engine)
     with _no_collection():
-        analysis = settle(engine, space, labels)
+        analysis = settle(engine, space, labels, decisions)
     return check_numbers(analysis) if check else analysis
 
 

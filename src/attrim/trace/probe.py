@@ -39,9 +39,14 @@ class Astray:
     reason: Reason
 
 
-def settle(engine: Engine, space: LabelSpace, labels: Mapping[str, Sequence[IntArray | None]]) -> Analysis:
-    """Record and probe until a randomly cut copy runs coherently."""
-    decisions: dict[SiteKey, int] = {}
+def settle(
+    engine: Engine,
+    space: LabelSpace,
+    labels: Mapping[str, Sequence[IntArray | None]],
+    start: Mapping[SiteKey, int] | None = None,
+) -> Analysis:
+    """Record and probe until a randomly cut copy runs coherently, from the decisions ``start`` on."""
+    decisions: dict[SiteKey, int] = dict(start or {})
     tried: set[tuple[tuple[SiteKey, int], ...]] = set()
     extra: Pins = []
     astray = None

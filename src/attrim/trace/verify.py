@@ -130,7 +130,9 @@ def _verify_drops(
         )
         return Verification(False, True, float("inf"), float("inf"), (conflict,), {}, dtype)
     limit = tolerance if dtype == "float64" else max(tolerance, 1e-3)
-    cut = _verify_cuts(base, small, rest, example_inputs, tolerance, analyse(base, example_inputs))
+    cut = _verify_cuts(
+        base, small, rest, example_inputs, tolerance, analyse(base, example_inputs, decisions=analysis.tracer.decisions)
+    )
     return replace(
         cut,
         ok=cut.ok and error <= limit,
