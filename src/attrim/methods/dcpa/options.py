@@ -60,7 +60,7 @@ class DcpaOptions:
     space: Space = "width"
     policy: Streams = "internal"
     share: Share = "group"
-    drop: bool = False
+    drop: bool = True
     ratios: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
     order: str = "l2"
     sampling: Sampling = "hard"

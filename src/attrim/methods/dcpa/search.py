@@ -175,6 +175,7 @@ class Search:
         figures = self.decide(portion, draw, entropy_weight(self.options.entropy, done), done)
         self._check(figures.values["loss"], "loss of the policy")
         self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
         _add(self.policy_tally, figures, 0.0)
 
     def _anything(self) -> Draw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ from attrim.recover.checkpoint import Checkpoints
 from attrim.recover.engine import make_engine
 from attrim.recover.evaluate import restore_modes
 from attrim.recover.keeper import fill_tensors, tensors_of
+from attrim.recover.metrics import METRICS_FILE
 from attrim.recover.randomness import own_randomness
 from attrim.recover.recipe import Recipe
 from attrim.score.api import score
@@ -94,12 +96,12 @@ class Searched:
         if self.space.gated:
             ranked = {g: v.argsort(descending=True, stable=True) for g, v in self.scores().values.items()}
         kept = {g: ranked[g][:width].tolist() for g, width in derived.kept.items()}
-        notes = {"criterion": "dcpa", "kind": self.kind}
-        return plan_from_kept(self.space.channels, kept, notes), derived
+        notes = {"criterion": "dcpa", "kind": self.kind, "branches": list(derived.drops)}
+        return plan_from_kept(self.space.channels, kept, notes, drops=derived.drops), derived
 
     def network(self, plan: PruningPlan, batches: Iterable[Any], limit: int = 100) -> nn.Module:
         """The trained network with batch-norm statistics measured for a plan; cut it with :func:`attrim.apply`."""
-        draw = self.policy.chosen(_kept_channels(self.space, plan))
+        draw = self.policy.chosen(_kept_channels(self.space, plan), tuple(plan.provenance.get("branches", ())))
         return remeasured(self.base, Supernet(self.base, self.space), draw, batches, limit)
 
     def scores(self) -> Scores:
@@ -168,12 +170,24 @@ def search_policy(
     reports: list[dict[str, Any]] = []
     if stages.has("search"):
         fill_tensors(net, stages.read("search"))
+        reports = _reports(stages)
+        for report in reports if run.on_epoch is not None and rank() == 0 else ():
+            run.on_epoch(report)  # type: ignore[misc]
     elif options.epochs:
         net, reports = _learn(net, plot, data, options, run, stages, policy_data)
         stages.write("search", tensors_of(net))
         if stages.path("searching") is not None and rank() == 0:
             Checkpoints(stages.path("searching") or "").remove()
     return Searched(net.base, net.policy, ranked, plot.refused, reports, options.kind)
+
+
+def _reports(stages: Stages) -> list[dict[str, Any]]:
+    """The figures that a finished search has left beside its checkpoints."""
+    path = stages.path("searching")
+    file = None if path is None else path / METRICS_FILE
+    if file is None or not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _learn(
@@ -238,15 +252,13 @@ def _ranked(model: nn.Module, space: SearchSpace, order: str, data: Iterable[Any
 
 
 def _kept_channels(space: SearchSpace, plan: PruningPlan) -> dict[str, Tensor]:
-    """Group -> kept channels, read back from the cuts of its first member."""
+    """Group -> kept channels, read back from the cuts; tensors that go with a branch are not cut."""
     found = {}
     for name in space.groups:
-        group = space.channels[name]
-        member = group.members[0]
-        cut = plan.cuts.get(member.axis.tensor)
-        if cut is None or member.axis.dim not in cut.keep:
-            continue
-        kept = torch.tensor(cut.keep[member.axis.dim])
-        positions = torch.from_numpy(member.index[:, 0].copy())
-        found[name] = torch.isin(positions, kept).nonzero().flatten()
+        for member in space.channels[name].members:
+            cut = plan.cuts.get(member.axis.tensor)
+            if cut is not None and member.axis.dim in cut.keep:
+                kept = torch.tensor(cut.keep[member.axis.dim])
+                found[name] = torch.isin(torch.from_numpy(member.index[:, 0].copy()), kept).nonzero().flatten()
+                break
     return found
