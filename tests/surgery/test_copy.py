@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import attrim
 from attrim import PruningPlan
 from attrim.errors import InputError
-from nets import Plain, filled, image
+from nets import Plain, Residual, filled, image
 
 
 def plan_of(model: nn.Module, example: Tensor | None = None) -> PruningPlan:
@@ -212,3 +212,18 @@ def test_a_cut_network_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_shared_parameters_are_the_models_own_and_buffers_are_not() -> None:
+    model = filled(Residual())
+    channels = attrim.trace(model, image(1, 3, 16, 16))
+    plan = attrim.plan_from_kept(channels, {channels.cost.groups[0]: [0, 2]})
+    shared, copied = attrim.apply(model, plan, share=True), attrim.apply(model, plan)
+    own, mine, other = (dict(m.named_parameters()) for m in (model, shared, copied))
+    for name in own:
+        assert (mine[name] is own[name]) == (name not in plan.cuts)
+        assert other[name] is not own[name]
+    buffers = dict(model.named_buffers())
+    assert all(tensor is not buffers[name] for name, tensor in shared.named_buffers())
+    x = image(2, 3, 16, 16)
+    assert torch.equal(shared(x), copied(x))

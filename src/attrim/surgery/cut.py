@@ -18,7 +18,13 @@ from attrim.modules.skips import without_modules
 __all__ = ["apply", "cut_tensor"]
 
 
-def apply(model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Module], Repair] | None = None) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    repairs: Mapping[type[nn.Module], Repair] | None = None,
+    share: bool = False,
+) -> nn.Module:
     """A smaller copy of ``model``: every tensor that the plan names keeps only its listed positions.
 
     dtype, device, memory format, ``requires_grad``, ties between tensors, the train flag and hooks of the copy are kept;
@@ -29,6 +35,8 @@ def apply(model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Modul
         model: the model that the plan was made for (any instance of it). Never changed.
         plan: what stays.
         repairs: extra or other attribute repairs by module type, on top of torch's own.
+        share: take parameters that are not cut from the model itself instead of copying them, for networks that are looked
+            at and thrown away: training one trains the other. Buffers are always copied.
 
     Raises:
         PlanError: the plan was made for another model; the first differing tensor is named.
@@ -40,11 +48,14 @@ def apply(model: nn.Module, plan: PruningPlan, *, repairs: Mapping[type[nn.Modul
         raise InputError(f"expected an nn.Module to cut, found {type(model).__name__}.")
     named = named_tensors(model)
     _check_fit(named, plan)
+    new = _cut_tensors(named, plan)
+    if share:
+        new = {**{name: named.tensors[name] for name in named.parameters}, **new}
     if plan.drops:
-        small = without_modules(model, plan.drops, plan.replacements, _cut_tensors(named, plan))
+        small = without_modules(model, plan.drops, plan.replacements, new)
         small = _cut_stand_ins(small, plan)
     else:
-        small = copy_with(model, named, _cut_tensors(named, plan))
+        small = copy_with(model, named, new)
     keep = {name: cut.keep for name, cut in plan.cuts.items()}
     repair_attributes(small, keep, named.aliases, {**REPAIRS, **(repairs or {})})
     _write_attributes(small, plan)

@@ -70,7 +70,8 @@ class FastObjective:
     * a reference network's activations are kept at the inputs of the layers that the search varies, for calibration and
       held-out images alike; a candidate that agrees with it up to some layer is only run from there. The reference
       follows the search;
-    * in evaluation, batch norms are folded into the convolutions before them, and images lie channels-last;
+    * nothing is copied but what is cut, and batch-norm statistics; in evaluation, batch norms are folded into the
+      convolutions before them, and images lie channels-last;
     * a candidate that can hardly beat the best one any more is given up (``stop``), the unclear images being looked at
       first; its value is then an estimate below the best value. The best of all candidates is always judged whole.
 
@@ -268,7 +269,7 @@ class FastObjective:
             if group not in self._orders:
                 raise InputError(f"group '{group}' has no scores, so it stays whole; found {count} of {size} channels.")
             kept[group] = sorted(self._orders[group][:count])
-        network = apply(self._model, plan_from_kept(self._channels, kept))
+        network = apply(self._model, plan_from_kept(self._channels, kept), share=True)
         return network.to(memory_format=self._format)
 
     def _aim(self, points: Sequence[Point]) -> None:
