@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attrim.core.branches import Branch, Replacement
-from attrim.core.channels import ChannelGroup, Reason
+from attrim.core.channels import Reason
 from attrim.core.cost import IntArray
-from attrim.core.plan import within
 from attrim.trace.graph import Graph, ModuleCall
 from attrim.trace.regions import Region, find_regions, reason_of
 from attrim.trace.standins import StandIns, ranges, stand_ins, transparent
@@ -21,7 +20,7 @@ from attrim.trace.trial import tried
 if TYPE_CHECKING:
     from attrim.trace.capture import Analysis
 
-__all__ = ["Found", "Owners", "find_branches", "group_owner", "owners"]
+__all__ = ["Found", "find_branches"]
 
 _LINEAR = frozenset(("mul", "div", "neg", "view", "_unsafe_view", "reshape", "permute", "transpose", "unsqueeze", "squeeze",
                      "_to_copy", "slice"))  # fmt: skip
@@ -45,23 +44,6 @@ class Found:
     widths: Mapping[str, IntArray]
 
 
-@dataclass(slots=True)
-class Owners:
-    """What belongs to which branch, the smallest one that takes it along; -1 or missing: to none.
-
-    Attributes:
-        ids: the branches.
-        inside: branch -> the smallest that contains it.
-        ops: operator -> branch.
-        tensors: tensor name -> branch.
-    """
-
-    ids: tuple[str, ...] = ()
-    inside: tuple[int, ...] = ()
-    ops: dict[int, int] = field(default_factory=dict)
-    tensors: dict[str, int] = field(default_factory=dict)
-
-
 def find_branches(analysis: Analysis) -> tuple[list[Found], dict[str, tuple[str, ...]], list[Reason]]:
     """The branches in network order, the blocks that become an identity once several branches are gone, and the sums
     that hold no branch with the reasons."""
@@ -76,19 +58,19 @@ def find_branches(analysis: Analysis) -> tuple[list[Found], dict[str, tuple[str,
     reasons = [reason_of(graph, number, f"not a branch: {text}") for number, text in refused]
     known = ranges(graph)
     removals: dict[int, StandIns] = {}
-    shared = _shared(analysis)
+    below = _below(analysis)
     for region in regions:
         made = _removal(graph, region, regions, known, analysis.solution.units)
         if not isinstance(made, str):
-            made = _refusal(analysis, graph, region, made, shared) or made
+            made = _refusal(analysis, graph, region, made, below) or made
         if isinstance(made, str):
             reasons.append(reason_of(graph, region.total, f"cannot be removed: {made}"))
         else:
             removals[region.total] = made
     reasons += _try(analysis, graph, regions, removals)
     kept = [region for region in regions if region.total in removals]
-    found = _name([_branch(analysis, graph, region, removals[region.total]) for region in kept])
-    passes = _passes(analysis, graph, found, known)
+    found = _name([_branch(graph, region, removals[region.total], below) for region in kept])
+    passes = _passes(graph, found, known, below)
     failed = tried(analysis, [{path: Replacement()} for path in passes])
     passes = {path: ids for i, (path, ids) in enumerate(passes.items()) if i not in failed}
     return found, passes, list(dict.fromkeys(reasons))
@@ -133,26 +115,27 @@ def _blocks(graph: Graph, region: Region) -> list[ModuleCall]:
     return sorted(around, key=lambda call: call.last - call.first)[:2]
 
 
-def _shared(analysis: Analysis) -> dict[str, list[str]]:
-    """First name of a tied tensor -> its other names."""
+def _below(analysis: Analysis) -> dict[str, list[str]]:
+    """Module path -> names of the tensors in it, tied ones under every name they have."""
     names: dict[str, list[str]] = {}
-    for other, first in analysis.engine.named.aliases.items():
-        names.setdefault(first, []).append(other)
+    for name in (*analysis.engine.named.tensors, *analysis.engine.named.aliases):
+        parts = name.split(".")
+        for n in range(1, len(parts)):
+            names.setdefault(".".join(parts[:n]), []).append(name)
     return names
 
 
 def _refusal(
-    analysis: Analysis, graph: Graph, region: Region, made: StandIns, shared: Mapping[str, Sequence[str]]
+    analysis: Analysis, graph: Graph, region: Region, made: StandIns, below: Mapping[str, Sequence[str]]
 ) -> str:
     """Why these modules cannot go: a tensor of theirs is needed elsewhere. Or ""."""
-    removed = made.replacements
-    for name, node in graph.tensors.items():
-        names = [name, *shared.get(name, ())]
-        if not any(within(n, removed) for n in names):
-            continue
-        if not all(within(n, removed) for n in names):
-            return f"'{name}' is shared with a module outside of it"
-        readers = graph.nodes[node].readers
+    aliases = analysis.engine.named.aliases
+    going = {name for path in made.replacements for name in below.get(path, ())}
+    for other, first in aliases.items():
+        if (other in going) != (first in going):
+            return f"'{first}' is shared with a module outside of it"
+    for name in going - set(aliases):
+        readers = graph.nodes[graph.tensors[name]].readers
         if any(r not in region.ops and _lives(graph, r) for r in readers):
             return f"'{name}' is also used outside of it"
     return ""
@@ -165,7 +148,7 @@ def _lives(graph: Graph, number: int) -> bool:
 # -- the noun -------------------------------------------------------------------------------------------------------------
 
 
-def _branch(analysis: Analysis, graph: Graph, region: Region, made: StandIns) -> Found:
+def _branch(graph: Graph, region: Region, made: StandIns, below: Mapping[str, Sequence[str]]) -> Found:
     op = graph.ops[region.total]
     removed = frozenset(made.replacements)
     branch = Branch(
@@ -174,7 +157,7 @@ def _branch(analysis: Analysis, graph: Graph, region: Region, made: StandIns) ->
         modules=tuple(made.replacements) if made.note else region.modules,
         shortcut="identity" if region.straight else "computed",
         gate=_gate(graph, region),
-        tensors=tuple(name for name in analysis.engine.named.tensors if within(name, removed)),
+        tensors=tuple(name for path in made.replacements for name in below.get(path, ()) if name in graph.tensors),
         replacements=made.replacements,
         note=made.note or "its modules return zeros",
         source=op.line,
@@ -236,7 +219,10 @@ def _heaviest(branch: Branch) -> str:
 
 
 def _passes(
-    analysis: Analysis, graph: Graph, found: Sequence[Found], known: Mapping[int, tuple[float, float]]
+    graph: Graph,
+    found: Sequence[Found],
+    known: Mapping[int, tuple[float, float]],
+    below: Mapping[str, Sequence[str]],
 ) -> dict[str, tuple[str, ...]]:
     """Blocks of several branches that become an identity once all of them are gone, if nothing else stays behind."""
     passes: dict[str, tuple[str, ...]] = {}
@@ -252,40 +238,11 @@ def _passes(
                 if call.first <= g.region.total < call.last and not any(
                     g.region.total in h.region.ops and call.first <= h.region.total < call.last for h in found)
             ]  # fmt: skip
-            left = [n for n in analysis.engine.named.tensors if within(n, (path,))]
-            if len(top) < 2 or not all(any(within(n, g.removed) for g in top) for n in left):
+            if len(top) < 2:
+                continue
+            going = {name for g in top for name in g.branch.tensors}
+            if any(name in graph.tensors and name not in going for name in below.get(path, ())):
                 continue
             if transparent(graph, call, [g.region for g in top], known):
                 passes[path] = tuple(g.branch.id for g in top)
     return passes
-
-
-# -- what belongs to which ------------------------------------------------------------------------------------------------
-
-
-def owners(graph: Graph | None, found: Sequence[Found]) -> Owners:
-    """Which operators and tensors go with which branch."""
-    ids = tuple(f.branch.id for f in found)
-    known = Owners(ids, tuple(ids.index(f.branch.inside) if f.branch.inside else -1 for f in found))
-    by_size = sorted(range(len(found)), key=lambda i: -len(found[i].region.ops))  # the smallest has the last word
-    for i in by_size:
-        known.tensors.update(dict.fromkeys(found[i].branch.tensors, i))
-        if graph is not None:
-            ops = (n for n in found[i].region.ops if within(graph.ops[n].path, found[i].removed))
-            known.ops.update(dict.fromkeys(ops, i))
-    return known
-
-
-def group_owner(group: ChannelGroup, known: Owners) -> int:
-    """The smallest branch with which a group vanishes wholly, or -1."""
-    chains = [_chain(known.tensors.get(member.axis.tensor, -1), known) for member in group.members]
-    return next((i for i in chains[0] if all(i in chain for chain in chains)), -1)
-
-
-def _chain(branch: int, known: Owners) -> list[int]:
-    """A branch and those that contain it, outwards."""
-    chain = []
-    while branch >= 0:
-        chain.append(branch)
-        branch = known.inside[branch]
-    return chain

@@ -9,8 +9,8 @@ import numpy as np
 
 from attrim.core.cost import CostModel, IntArray, Terms, WidthTable
 from attrim.modules.names import NamedTensors
-from attrim.trace.branches import Owners
 from attrim.trace.labels import LabelSpace, Recorder
+from attrim.trace.owners import Owners
 from attrim.trace.partition import Partition, is_run
 
 __all__ = ["compile_cost", "linear_form"]

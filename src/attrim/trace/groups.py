@@ -17,9 +17,10 @@ from attrim.core.branches import Branch
 from attrim.core.channels import AttributeRule, ChannelGroup, ChannelMap, Member, PinnedAxis, Reason, Tap
 from attrim.core.cost import IntArray
 from attrim.modules.names import NamedTensors, fingerprint
-from attrim.trace.branches import Found, find_branches, group_owner, owners
+from attrim.trace.branches import Found, find_branches
 from attrim.trace.cost import compile_cost, linear_form
 from attrim.trace.labels import LabelSpace, Recorder
+from attrim.trace.owners import group_owner, owners
 from attrim.trace.partition import Partition
 from attrim.trace.solve import Solution
 from attrim.trace.tracer import Tracer
