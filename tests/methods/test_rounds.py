@@ -222,6 +222,29 @@ def test_a_method_is_run_whole_in_every_round(scope: Any) -> None:
     assert not same(attrim.apply(model, result.plan), result.model)
 
 
+def test_the_seed_reaches_the_gates_of_every_round() -> None:
+    def attention(seed: int) -> list[Tensor]:
+        found: list[Tensor] = []
+        prune_rounds(
+            net(), image(), budget=Budget(macs=0.5), rounds=2, method="pcas", data=batches(), epochs=1, seed=seed,
+            on_round=lambda _, part: found.append(part.outcome.statistics["attention"].mean["layers.0.conv1"]),
+        )  # fmt: skip
+        return found
+
+    one, two, other = attention(0), attention(0), attention(7)
+    assert len(one) == 2
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0], other[0])
+
+
+def test_the_seed_reaches_random_scores() -> None:
+    one, two, other = (
+        prune_rounds(net(), image(), budget=Budget(macs=0.5), rounds=2, method="random", seed=seed).plan.cuts
+        for seed in (0, 0, 7)
+    )
+    assert one == two != other
+
+
 class Killed(Exception):
     pass
 

@@ -14,7 +14,18 @@ from attrim.recover import ImageData
 
 __all__ = ["AGAIN", "base_is_needed", "in_method", "method_options", "plain_batches", "sized_by_option"]
 
-AGAIN = ("dense", "gates", "gate training", "attention", "cut", "reconstruct", "recalibrate", "failed")
+AGAIN = (
+    "dense",
+    "gates",
+    "gate training",
+    "vote",
+    "agreement",
+    "attention",
+    "cut",
+    "reconstruct",
+    "recalibrate",
+    "failed",
+)
 """Steps whose lines are written once more when a method goes on."""
 
 

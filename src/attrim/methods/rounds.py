@@ -20,6 +20,7 @@ from attrim.errors import AttrimWarning, BudgetError, InputError, VerificationEr
 from attrim.methods.pipeline import Cost, Method, PruneResult, prune
 from attrim.methods.round_budget import Floors, Schedule, budget_of_round
 from attrim.methods.round_store import RoundStore, identity
+from attrim.methods.table import METHODS
 from attrim.modules.batches import device_of
 from attrim.modules.repair import Repair
 from attrim.recover.randomness import own_randomness
@@ -105,8 +106,8 @@ def prune_rounds(
     given = {"data": data, "recover": recover, "holdout": holdout, "repairs": repairs}
     if training is not None or recover == "finetune":
         given["training"] = {"teacher": model, **(training or {})}
-    run = _Run(model, example_inputs, budget, rounds, schedule, method, options, given)
-    network, plan, finished = run.all(store, resume, seed, on_round)
+    run = _Run(model, example_inputs, budget, rounds, schedule, method, options, given, seed)
+    network, plan, finished = run.all(store, resume, on_round)
     return _joined(run, analysis, channels, network, plan, finished)
 
 
@@ -122,15 +123,16 @@ class _Run:
     method: Method
     options: Mapping[str, Any]
     given: Mapping[str, Any]
+    seed: int
 
     def all(
-        self, store: RoundStore, resume: bool, seed: int, on_round: Callable[[int, PruneResult], None] | None
+        self, store: RoundStore, resume: bool, on_round: Callable[[int, PruneResult], None] | None
     ) -> tuple[nn.Module, PruningPlan, list[Steps]]:
         """Every round that is not finished yet: the last network, the plan from the original, the steps."""
         found = store.take_up(self.model, resume)
         network, plan, finished = (self.model, None, []) if found is None else found
         for number in range(len(finished) + 1, self.rounds + 1):
-            with own_randomness(seed + number, device_of(self.model)):
+            with own_randomness(self.seed + number, device_of(self.model)):
                 result = self.round(network, plan, number)
             steps: Steps = [{"round": number, "step": "left out", "reason": "small enough"}]
             if result is not None:
@@ -150,7 +152,9 @@ class _Run:
             set_epoch(0)
         if plan is None:
             budget = cast(Budget, budget_of_round(self.budget, None, number, self.rounds, self.schedule))
-            return prune(network, self.example_inputs, method=self.method, budget=budget, **self.given, **self.options)
+            return prune(
+                network, self.example_inputs, method=self.method, budget=budget, **self.given, **self._seeded(number)
+            )
         floors = Floors.after(self.budget, plan)
         ways = floors.ways(self.method)
         for lifted in ways:
@@ -158,19 +162,25 @@ class _Run:
             if relative is None:
                 return None
             try:
-                return self._again(network, floors, relative, lifted)
+                return self._again(network, floors, relative, lifted, number)
             except BudgetError:
                 if lifted == ways[-1]:
                     raise
         return None
 
-    def _again(self, network: nn.Module, floors: Floors, budget: Budget, lifted: bool) -> PruneResult:
+    def _again(self, network: nn.Module, floors: Floors, budget: Budget, lifted: bool, number: int) -> PruneResult:
         """A round after the first."""
-        method: Method = floors.guard(self.method, self.options) if lifted else self.method
-        options = {} if lifted else self.options
+        own = self._seeded(number)
+        method: Method = floors.guard(self.method, own) if lifted else self.method
+        options = {} if lifted else own
         result = prune(network, self.example_inputs, method=method, budget=budget, **self.given, **options)
         floors.check(result.plan, result.channels)
         return result
+
+    def _seeded(self, number: int) -> Mapping[str, Any]:
+        """The options, with the round's own seed where a method or criterion takes one: its gates, its numbers."""
+        seeds = isinstance(self.method, str) and (self.method == "random" or self.method in METHODS)
+        return {**self.options, "seed": self.seed + number} if seeds else self.options
 
 
 def _check(rounds: Any, schedule: Any, folder: Any, resume: bool, training: Mapping[str, Any] | None) -> None:

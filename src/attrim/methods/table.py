@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from attrim.methods.cpsca import cpsca
 from attrim.methods.dcpa import dcpa
+from attrim.methods.globalpru import globalpru
 from attrim.methods.outcome import Method, MethodOutcome
 from attrim.methods.pcas import pcas
 
@@ -24,6 +25,13 @@ _ALL = (
         cpsca,
         "mean channel attention, trained together with the network behind a spatial one; one ratio in every layer",
         "Liu et al., CPSCA, Applied Soft Computing 110, 2021",
+        trains=True,
+    ),
+    Method(
+        "globalpru",
+        globalpru,
+        "one order of the channels for all samples: voted by their attention, then learned by every sample, then cut",
+        "Wang et al., GlobalPru, Neural Networks 171, 2024",
         trains=True,
     ),
     Method(
