@@ -34,7 +34,7 @@ def batches(count: int = 4, size: int = 12, side: int = 8) -> list[tuple[Tensor,
         (Mobile, {"space": "channel", "kind": "xattn"}),
         (Mobile, {"order": "prefix", "entropy": 0.3}),
         (Mobile, {"kind": "uniform"}),
-        (Plain, {"kind": "random", "ratios": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}),
+        (Plain, {"kind": "random", "candidates": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}),
     ],
 )
 def test_every_kind_ends_within_the_budget_and_is_proved(network: type, options: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def test_the_network_given_is_not_changed_and_the_searched_one_has_learned() -> 
     [
         ({"kind": "tanh"}, InputError, "kind: expected one of se, xattn, free, random, uniform"),
         ({"policy": "input_select"}, InputError, "policy: expected one of internal, tied"),
-        ({"ratios": (0.5, 2.0)}, InputError, "ratios: expected kept fractions"),
+        ({"candidates": (0.5, 2.0)}, InputError, "candidates: expected kept fractions"),
         ({"space": "channel", "share": "block"}, InputError, "one by one"),
         ({"tau_low": 9.0}, InputError, "tau_low: expected at most"),
         ({"epochs": -1}, InputError, "epochs: expected an int >= 0"),

@@ -195,7 +195,7 @@ def test_a_useless_block_is_dropped(seed: int, kind: str) -> None:
     data = DataLoader(TensorDataset(images, labels), 32, shuffle=True, generator=torch.Generator().manual_seed(seed))
     outcome = dcpa(
         model, channels, data, budget=attrim.Budget(macs=0.77), kind=kind, epochs=16, warmup=0.0, lr=1e-4, policy_lr=0.02 if kind == "xattn" else 0.05,
-        ratios=(1.0,), fine=False, seed=seed, order="prefix",
+        candidates=(1.0,), fine=False, seed=seed, order="prefix",
     )  # fmt: skip
     assert outcome.statistics["derived"].drops == (f"blocks.{useless}",)
     small = attrim.apply(outcome.model_to_cut, outcome.plan)

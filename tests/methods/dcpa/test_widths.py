@@ -88,5 +88,5 @@ def test_a_branch_without_a_searched_group_may_still_go() -> None:
 @pytest.mark.parametrize("ratios", [(0.0,), (1.5,), (float("nan"),)])
 def test_ratios_out_of_range(ratios: tuple[float, ...]) -> None:
     channels = traced(Plain)
-    with pytest.raises(InputError, match=r"ratios: expected kept fractions in \(0, 1\]"):
+    with pytest.raises(InputError, match=r"candidates: expected kept fractions in \(0, 1\]"):
         make_space(channels, list(channels.groups), attrim.Budget(macs=0.5), ratios=ratios)

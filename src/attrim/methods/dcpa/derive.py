@@ -88,7 +88,7 @@ def repair(
     if left < 0:
         raise BudgetError(
             f"the narrowest network of the search space is {-left:.4f} of the whole above the budget. Allow "
-            "narrower candidates: ratios=(0.05, 0.1, ...), Budget(min_keep=...)."
+            "narrower candidates: candidates=(0.05, 0.1, ...), Budget(min_keep=...)."
         )
     if fine:
         moved += _fill(space, scores, walk.choice, kept, limits)

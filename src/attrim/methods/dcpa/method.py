@@ -34,7 +34,7 @@ def dcpa(
     holdout: Iterable[Any] | None = None, on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     augmented: Iterable[Any] | None = None, policy_data: Iterable[Any] | None = None,
     kind: Kind = "se", space: Space = "width", policy: Streams = "internal", share: Share = "group", drop: bool = True,
-    ratios: Sequence[float] = RATIOS, order: str = "l2", sampling: Sampling = "hard",
+    candidates: Sequence[float] = RATIOS, order: str = "l2", sampling: Sampling = "hard",
     cost: CostRule = "abslog", cost_weight: float | None = None, tolerance: float = 0.05, entropy: float = 0.0,
     epochs: int = 15, warmup: float = 0.1, lr: float = 0.02, optimizer: Optimizer = "sgd", momentum: float = 0.9,
     weight_decay: float = 5e-4, lr_warmup: float = 0.0, clip: float | None = None,

@@ -34,7 +34,7 @@ class DcpaOptions:
         policy: ``internal`` searches what stays inside residual blocks, ``tied`` residual streams as well.
         share: ``group``, or ``block``: the groups of one parent module choose the same ratio.
         drop: whether residual branches may vanish.
-        ratios: candidate widths, as kept fractions in (0, 1]; the whole group is always one.
+        candidates: candidate widths, as kept fractions in (0, 1]; the whole group is always one.
         order: which channels the narrower widths keep: ``prefix`` (the first), or the name of a criterion that ranks the
             channels of the given network once.
         sampling: ``hard`` (one-hot, straight-through), ``soft``, or ``tas`` (two paths).
@@ -61,7 +61,7 @@ class DcpaOptions:
     policy: Streams = "internal"
     share: Share = "group"
     drop: bool = True
-    ratios: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+    candidates: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
     order: str = "l2"
     sampling: Sampling = "hard"
     cost: CostRule = "abslog"
@@ -134,13 +134,15 @@ class DcpaOptions:
                 "space='channel' decides channels one by one, which does not go together with sampling='tas', share='block' "
                 "or kind='uniform'. Use space='width'."
             )
-        if not isinstance(self.ratios, list | tuple) or not self.ratios:
-            raise InputError(f"ratios: expected kept fractions such as (0.25, 0.5, 1.0), found {self.ratios!r}.")
+        if not isinstance(self.candidates, list | tuple) or not self.candidates:
+            raise InputError(
+                f"candidates: expected kept fractions such as (0.25, 0.5, 1.0), found {self.candidates!r}."
+            )
 
     def identity(self) -> dict[str, Any]:
         """What the search depends on; ``fine``, ``weights`` and ``recalibrate`` come after it."""
         after = {"fine", "weights", "recalibrate", "every_minutes"}
-        return {k: list(v) if k == "ratios" else v for k, v in asdict(self).items() if k not in after}
+        return {k: list(v) if k == "candidates" else v for k, v in asdict(self).items() if k not in after}
 
 
 def _number(value: Any) -> bool:

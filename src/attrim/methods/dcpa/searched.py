@@ -32,10 +32,9 @@ from attrim.methods.dcpa.widths import SearchSpace, make_space
 from attrim.methods.gate_training import GateRun, check_data, first_batch
 from attrim.methods.stages import Stages
 from attrim.modules.batches import device_of, read_batch, run_batch
-from attrim.modules.distributed import rank
 from attrim.modules.gates.places import Plot, find_places
 from attrim.recover.checkpoint import Checkpoints
-from attrim.recover.engine import make_engine
+from attrim.recover.engine import Engine, make_engine
 from attrim.recover.evaluate import restore_modes
 from attrim.recover.keeper import fill_tensors, tensors_of
 from attrim.recover.metrics import METRICS_FILE
@@ -148,37 +147,45 @@ def search_policy(
         >>> searched = search_policy(model, channels, loader, budget, DcpaOptions(kind="free"), GateRun(...))
     """
     options.check()
-    stages = run.stages("dcpa", model, {**options.identity(), "budget": asdict(budget)})
+    engine = make_engine(device_of(model), options.precision)
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        stages = run.stages("dcpa", model, {**options.identity(), "budget": asdict(budget)})
+        net, ranked, plot = _begin(model, channels, data, budget, options, run.seed)
+        engine.gather(0)  # every process has looked into the folder before one of them writes there
+        stages.begin()
+        reports: list[dict[str, Any]] = []
+        if stages.has("search"):
+            fill_tensors(net, stages.read("search"))
+            reports = _reports(stages)
+            for report in reports if run.on_epoch is not None and engine.main else ():
+                run.on_epoch(report)  # type: ignore[misc]
+        elif options.epochs:
+            reports = _learn(net, plot, data, options, run, stages, policy_data, engine)
+            stages.write("search", tensors_of(net))
+            if stages.path("searching") is not None and engine.main:
+                Checkpoints(stages.path("searching") or "").remove()
+    return Searched(net.base, net.policy, ranked, plot.refused, reports, options.kind)
+
+
+def _begin(
+    model: nn.Module, channels: ChannelMap, data: Iterable[Any], budget: Budget, options: DcpaOptions, seed: int
+) -> tuple[SearchNet, dict[str, Tensor], Plot]:
+    """Network and policy as they are before the search, the order of the channels, and where they are seen."""
     plot = _plot(model, channels, data, options)
+    by_channel = options.space == "channel"
     space = make_space(
-        channels,
-        plot.places,
-        budget,
-        ratios=options.ratios,
-        share=options.share,
-        by_channel=options.space == "channel",
+        channels, plot.places, budget, ratios=options.candidates, share=options.share, by_channel=by_channel,
         drop=options.drop,
-    )
+    )  # fmt: skip
     limits = limits_of(channels.cost, budget)
-    prices = Prices(space, limits)
     check_reach(space, limits, budget)
     ranked = _ranked(model, space, options.order, data)
     ranks = torch.cat([order.argsort() for order in ranked.values()])
-    policy = Policy(space, prices, ranks, options.kind, reduction=options.reduction, start=options.start, seed=run.seed)
-    stages.begin()
-    net = SearchNet(copy.deepcopy(model), policy)
-    reports: list[dict[str, Any]] = []
-    if stages.has("search"):
-        fill_tensors(net, stages.read("search"))
-        reports = _reports(stages)
-        for report in reports if run.on_epoch is not None and rank() == 0 else ():
-            run.on_epoch(report)  # type: ignore[misc]
-    elif options.epochs:
-        net, reports = _learn(net, plot, data, options, run, stages, policy_data)
-        stages.write("search", tensors_of(net))
-        if stages.path("searching") is not None and rank() == 0:
-            Checkpoints(stages.path("searching") or "").remove()
-    return Searched(net.base, net.policy, ranked, plot.refused, reports, options.kind)
+    policy = Policy(
+        space, Prices(space, limits), ranks, options.kind, reduction=options.reduction, start=options.start, seed=seed
+    )
+    return SearchNet(copy.deepcopy(model), policy.to(device_of(model))), ranked, plot
 
 
 def _reports(stages: Stages) -> list[dict[str, Any]]:
@@ -192,8 +199,9 @@ def _reports(stages: Stages) -> list[dict[str, Any]]:
 
 def _learn(
     net: SearchNet, plot: Plot, data: Iterable[Any], options: DcpaOptions, run: GateRun, stages: Stages,
-    policy_data: Iterable[Any] | None,
-) -> tuple[SearchNet, list[dict[str, Any]]]:  # fmt: skip
+    policy_data: Iterable[Any] | None, engine: Engine,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train network and policy in place; returns the figures of every epoch."""
     source = data if run.augmented is None else run.augmented
     first, second = halves(source, run.seed) if policy_data is None else (source, check_data("dcpa", policy_data))
     folder = stages.path("searching")
@@ -204,22 +212,18 @@ def _learn(
     )  # fmt: skip
     recipe.check(None)
     home = device_of(net.base)
-    engine = make_engine(home, options.precision)
     modes = [(module, module.training) for module in net.base.modules()]
-    with ExitStack() as stack:
-        stack.callback(engine.close)
-        stack.enter_context(own_randomness((run.seed + 7919 * engine.rank) % 2**63, engine.device))
+    with own_randomness((run.seed + 7919 * engine.rank) % 2**63, engine.device):
         net.to(engine.device).train()
         net.policy.prices.to(engine.device)
         watched = Watched(plot.places, net.policy.space)
-        search = Search(
+        reports = Search(
             net, watched, Data(first, second, run.holdout), options, recipe, engine, stages.identity, run.on_epoch
-        )
-        reports = search.run()
+        ).run()
     net.to(home)
     net.policy.prices.to(home)
     restore_modes(modes)
-    return net, reports
+    return reports
 
 
 def _plot(model: nn.Module, channels: ChannelMap, data: Iterable[Any], options: DcpaOptions) -> Plot:

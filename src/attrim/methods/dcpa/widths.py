@@ -154,7 +154,7 @@ def make_space(
     """
     wanted = sorted({float(r) for r in ratios} | {1.0})
     if not all(math.isfinite(r) and 0 < r <= 1 for r in wanted):
-        raise InputError(f"ratios: expected kept fractions in (0, 1], found {tuple(ratios)!r}.")
+        raise InputError(f"candidates: expected kept fractions in (0, 1], found {tuple(ratios)!r}.")
     frozen = frozen_groups(channels, budget)
     names = [g.id for g in channels if g.id in groups and g.id not in frozen]
     step = budget.multiple_of
