@@ -10,6 +10,8 @@ DATA is a data source as ``attrim prune --data`` takes it (CIFAR-10); DIR holds 
 multiply-adds, before and after the same recovery; how steady the ranking is over seeds and parts of the data.
 ``globalpru``: agreement of the samples on one order (Kendall tau, top-k overlap) before and after the sparse training, the
 gap between masks for each sample and the shared mask, and the ablations.
+``dcpa``: the policies ``se``, ``xattn`` and ``free`` against uniform and random widths at equal multiply-adds with equal
+training, with and without branches that may vanish; how alike the policies of different seeds are.
 
 Only channels inside the blocks. Accuracy on the first test images: nothing is chosen by it. ``--json`` keeps what
 ``benchmarks/figures.py`` draws.
@@ -29,10 +31,23 @@ import torch
 from torch import Tensor, nn
 
 import attrim
+from attrim.methods.dcpa import dcpa
 from attrim.methods.globalpru import globalpru
 from attrim.methods.pcas import pcas
 from attrim.recover import evaluate, finetune, free_recovery, recalibrate
 from cifar import INSIDE, Pair, first, open_cifar, say, trained
+
+PARTS = ("pcas", "globalpru", "dcpa")
+
+POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "se": {"kind": "se"},
+    "xattn": {"kind": "xattn"},
+    "free": {"kind": "free"},
+    "se, width only": {"kind": "se", "drop": False},
+    "free, width only": {"kind": "free", "drop": False},
+    "uniform": {"kind": "uniform", "drop": False},
+    "random": {"kind": "random", "drop": False},
+}
 
 CONTROLS = ("l1", "bn_scale", "mean activation", "random")
 
@@ -56,7 +71,7 @@ def main() -> None:
         "settings": {k: str(v) for k, v in vars(options).items() if k not in ("data", "checkpoints")}
     }
     for part in options.parts:
-        found[part] = {"pcas": bench.pcas, "globalpru": bench.globalpru}[part]()
+        found[part] = getattr(bench, part)()
         if options.json:
             Path(options.json).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
@@ -66,11 +81,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="CIFAR-10 as attrim prune --data takes it")
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder with NETWORK-cifar10-jpeg.safetensors")
     parser.add_argument("--network", default="resnet20", choices=["resnet20", "resnet56"])
-    parser.add_argument("--parts", nargs="+", default=["pcas", "globalpru"], choices=["pcas", "globalpru"])
+    parser.add_argument("--parts", nargs="+", default=["pcas", "globalpru", "dcpa"], choices=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--macs", type=float, default=0.5, help="share that is kept (default 0.5)")
     parser.add_argument("--rows", type=int, default=5000, help="training rows (default 5000)")
     parser.add_argument("--epochs", type=int, default=3, help="of training gates and of sparse training (default 3)")
+    parser.add_argument("--search-epochs", type=int, default=5, help="of the search of DCP-A (default 5)")
+    parser.add_argument("--policy-lr", type=float, default=0.03, help="of DCP-A, for a short search (default 0.03)")
     parser.add_argument("--tune", type=int, default=2, help="epochs of fine-tuning behind the cut (default 2)")
     parser.add_argument("--test-images", type=int, default=2000, help="a prefix of the test split (default 2000)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -80,7 +97,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.full:
         options.network, options.rows, options.test_images = "resnet56", 45_000, 10_000
-        options.epochs, options.tune = 20, 40
+        options.epochs, options.tune, options.search_epochs, options.policy_lr = 20, 40, 100, 3e-3
     return options
 
 
@@ -200,6 +217,59 @@ class Bench:
         table(f"{self.options.network}, {self.options.macs:.0%} of the MACs, the same ratio everywhere", runs)
         return {"runs": runs, "diaries": diaries}
 
+    def dcpa(self) -> dict[str, Any]:
+        """Policies and controls."""
+        runs: dict[str, list[dict[str, float]]] = {}
+        reports: dict[str, list[Any]] = {}
+        widths: dict[str, dict[str, dict[str, int]]] = {}
+        for seed in self.options.seeds:
+            for name, extra in POLICIES.items():
+                outcome = dcpa(
+                    self.dense,
+                    self.channels,
+                    self.training(),
+                    budget=attrim.Budget(macs=self.options.macs, frozen=INSIDE),
+                    seed=seed,
+                    epochs=self.options.search_epochs,
+                    policy_lr=self.options.policy_lr,
+                    **extra,
+                )
+                reports.setdefault(name, []).append(list(outcome.statistics["epochs"]))
+                macs = outcome.plan.provenance["macs_after"] / outcome.plan.provenance["macs_before"]
+                small = attrim.apply(outcome.model_to_cut, outcome.plan)
+                tuned = finetune(
+                    small, self.training(), epochs=self.options.tune, seed=seed, teacher=self.dense, lr=0.03
+                )
+                found = {
+                    "MACs": macs,
+                    "dropped": float(len(outcome.plan.provenance.get("branches", ()))),
+                    "searched": evaluate(small, self.test),
+                    "fine-tuned": evaluate(tuned, self.test),
+                }
+                runs.setdefault(name, []).append(found)
+                kept = {g: int(outcome.plan.groups[g]["kept"]) for g in outcome.scores.values}
+                widths.setdefault(name, {})[f"seed {seed}"] = kept
+                say(
+                    f"  seed {seed} {name:<17}" + "".join(f"  {k} {v:.4f}" for k, v in found.items()),
+                    f"  {list(kept.values())}",
+                )
+        table(f"{self.options.network}, {self.options.macs:.0%} of the MACs", runs)
+        alike = {
+            name: statistics.mean(_policy_correlations(list(found.values()), self.channels))
+            for name, found in widths.items()
+            if len(found) > 1
+        }
+        for name, value in alike.items():
+            say(f"  rank correlation of the widths between seeds, {name}: {value:.2f}")
+        return {"runs": runs, "reports": reports, "widths": widths, "correlation": alike}
+
+
+def _policy_correlations(found: list[dict[str, int]], channels: attrim.ChannelMap) -> list[float]:
+    """Of the kept fractions, for every pair of seeds; 0 where all groups keep the same fraction."""
+    vectors = [torch.tensor([kept[g] / channels[g].size for g in kept]) for kept in found]
+    pairs = [(a, b) for i, a in enumerate(vectors) for b in vectors[i + 1 :]]
+    return [_spearman(a, b) if a.unique().numel() > 1 and b.unique().numel() > 1 else 0.0 for a, b in pairs]
+
 
 def _agreement(diary: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Before and after the sparse training: means over groups, in how many groups agreement rose, and the masks' gap."""
@@ -258,8 +328,14 @@ def correlations(runs: Mapping[str, Mapping[str, list[float]]]) -> dict[str, flo
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()])
-    return float(torch.corrcoef(ranks)[0, 1])
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ties share the mean of their ranks."""
+    below = (values[:, None] > values[None, :]).sum(1).double()
+    equal = (values[:, None] == values[None, :]).sum(1).double()
+    return below + (equal - 1) / 2
 
 
 def _lists(values: Mapping[str, Tensor]) -> dict[str, list[float]]:
