@@ -111,6 +111,8 @@ def listwise_loss(ranked: Tensor, *, temperature: float = 1.0) -> Tensor:
     Source:
         Xia et al., "Listwise approach to learning to rank: theory and algorithm", ICML 2008 (ListMLE).
     """
+    if ranked.shape[1] < 2:
+        return ranked.sum() * 0
     scaled = ranked / temperature
     rest = torch.logcumsumexp(scaled.flip(1), 1).flip(1)  # log Σ_{j >= k} e^{t_j}
     return (rest - scaled).mean()

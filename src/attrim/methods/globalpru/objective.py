@@ -76,6 +76,8 @@ class TowardsOrder:
         if not isinstance(model, Gated) or model.collected is None:
             return torch.zeros(())
         self.seen = model
+        if not self.strength and not self.sparsity:
+            return torch.zeros(())  # it only shows the network to whoever measures agreement
         begin, end = self.part
         whole = begin + (end - begin) * progress
         strength = self.strength * (min(1.0, whole / self.ramp) if self.ramp else 1.0)

@@ -146,12 +146,11 @@ class Work:
             self._tell(self.diary.once(f"epoch {epoch}", lambda: self._entry(name, epoch, report, towards)))
 
         folder = self.stages.path(name)
-        active = towards is not None and (towards.strength or towards.sparsity)
         trained = finetune(
             gated,
             self.batches if self.run.augmented is None else self.run.augmented,
             loss=self.run.loss,
-            regularizer=towards if active else None,
+            regularizer=towards,
             holdout=self.run.holdout,
             seed=seed,
             folder=folder,
