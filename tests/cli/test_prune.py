@@ -63,7 +63,7 @@ def test_prune_without_data(call, net, tmp_path):
     assert "MACs" in said.out
     assert "accuracy" not in said.out
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == ["config.yaml", "metrics.jsonl", "model.safetensors", "plan.json"]
+    assert names == ["architecture.svg", "config.yaml", "metrics.jsonl", "model.safetensors", "plan.json"]
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["model"], config["keep_macs"], config["input"], config["device"]) == (net, 0.5, "1x3x8x8", "cpu")
     found = steps(tmp_path / "run")

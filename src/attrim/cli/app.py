@@ -16,6 +16,7 @@ from attrim.cli.evaluate import evaluate
 from attrim.cli.finetune import finetune
 from attrim.cli.methods import methods
 from attrim.cli.prune import prune
+from attrim.cli.report import report
 from attrim.cli.screen import note, paragraph
 from attrim.cli.trace import trace
 from attrim.errors import AttrimError, AttrimWarning, InputError, MissingDependencyError
@@ -54,6 +55,7 @@ app.command()(trace)
 app.command()(prune)
 app.command()(finetune)
 app.command()(evaluate)
+app.command()(report)
 app.command()(methods)
 
 

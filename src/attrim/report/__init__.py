@@ -1,5 +1,14 @@
-"""Nouns in, pages and tables out."""
+"""Nouns in, pages, tables and figures out."""
 
+from attrim.report.figures import Picture, architecture
 from attrim.report.tables import Figures, Table, channel_table, comparison_table, pinned_table
 
-__all__ = ["Figures", "Table", "channel_table", "comparison_table", "pinned_table"]
+__all__ = [
+    "Figures",
+    "Picture",
+    "Table",
+    "architecture",
+    "channel_table",
+    "comparison_table",
+    "pinned_table",
+]
