@@ -13,7 +13,7 @@ from torch import nn
 
 import attrim
 from attrim.methods.dcpa.objective import cost_term, entropy, entropy_weight
-from nets import Mobile, Plain, Residual
+from nets import Attention, Mobile, Plain, Residual
 
 ALL = attrim.Budget(macs=0.5, params=0.6, channels=0.7)
 
@@ -129,3 +129,28 @@ def test_entropy_and_its_weight() -> None:
     assert float(entropy(flat)) == pytest.approx(1.3862943)
     assert float(entropy(torch.tensor([[0.0, -1e4]]))) == 0.0
     assert [entropy_weight(0.3, t) for t in (0.0, 0.5, 0.75, 1.0)] == pytest.approx([0, 0, 0.15, 0.3])
+
+
+def test_what_still_runs_without_a_branch_is_priced() -> None:
+    """Attention has no module of its own: its product runs on, on zeros, when the layers around it are gone."""
+    m = made(Heads(), budget=ALL, drop=True)
+    choice = [0 if u.branch else len(u) - 1 for u in m.space.units]
+    kept, drops = m.space.kept(choice), m.space.drops(choice)
+    assert drops
+    cost = m.channels.cost
+    assert m.prices.at(torch.tensor([choice]))[0].tolist() == [
+        f(kept, drops) for f in (cost.macs, cost.params, cost.channels)
+    ]
+
+
+class Heads(nn.Module):
+    """Pixels as tokens, through one attention layer in a residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.fc = nn.Conv2d(3, 20, 1), Attention(), nn.Linear(5, 3)
+        self.attention.embed = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        return self.fc(self.attention(tokens))

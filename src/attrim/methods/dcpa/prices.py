@@ -165,7 +165,10 @@ class _Book:
             unit = self.space.units[u]
             values = np.ones(len(unit))
             for column, power in part:
-                values = values * unit.widths[:, column].astype(np.float64) ** power
+                widths = unit.widths[:, column].astype(np.float64)
+                if unit.branch is not None:  # what still runs without the branch (a product of zeros) runs in full
+                    widths[0] = self.space.channels[unit.groups[column]].size
+                values = values * widths**power
             if ends:
                 values[0] = 0.0
             self._known[key] = len(self.rows) + 1
