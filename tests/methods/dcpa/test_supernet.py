@@ -223,3 +223,33 @@ def test_recurrent_layers_are_refused() -> None:
     m = made(Net())
     with pytest.raises(InputError, match="recurrent layer"):
         Supernet(m.model, m.space)
+
+
+def test_the_supernet_keeps_hardly_more_for_the_backward_pass() -> None:
+    """Masks are of the size of weights, not of activations."""
+    m = made(Residual(), side=16, drop=True)
+    m.model.train()
+    supernet, x = Supernet(m.model, m.space), image(16, 3, 16, 16, dtype=torch.float64)
+
+    def kept_for_backward(draw: Draw | None) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            if draw is None:
+                outputs = m.model(x)
+            else:
+                with supernet.masked(draw):
+                    outputs = m.model(x)
+        outputs.sum().backward()
+        return sum(sizes.values())
+
+    plain = kept_for_backward(None)
+    draw = m.policy.sample(1.0, torch.Generator().manual_seed(0))
+    assert kept_for_backward(draw.detach()) <= 1.1 * plain
+    m.model.requires_grad_(False)
+    assert kept_for_backward(draw) <= 1.3 * plain
