@@ -34,6 +34,26 @@ class Dense(nn.Module):
         return self.fc(self.norm(x).relu().mean((2, 3)))
 
 
+class Nested(nn.Module):
+    """A branch in a branch, and in it a product of two activations, which stays when either goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.up = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.one, self.two, self.norm = nn.Conv2d(6, 10, 1), nn.Conv2d(10, 6, 1), nn.BatchNorm2d(6)
+        self.q, self.k, self.v = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 6, 1)
+        self.mix, self.fc = nn.Conv2d(6, 6, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        h = self.down(x).relu()
+        h = h + self.norm(self.two(self.one(h).relu()))
+        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))
+        read = v @ (q.transpose(1, 2) @ k).softmax(-1)
+        h = h + self.mix(read.reshape_as(h))
+        return self.fc((x + self.up(h)).mean((2, 3)))
+
+
 @dataclass
 class Made:
     """Everything that a search is made of."""

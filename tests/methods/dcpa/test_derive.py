@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import Made, made
+from made import Made, Nested, made
 
 import attrim
 from attrim.errors import BudgetError
@@ -17,7 +17,13 @@ from attrim.search.limits import limits_of
 from nets import Mobile, Plain, Residual
 
 WIDE = Residual((32, 64, 128))
-CASES = [made(WIDE), made(WIDE, drop=True), made(Mobile(), side=16, drop=True), made(WIDE, share="block", drop=True)]
+CASES = [
+    made(WIDE),
+    made(WIDE, drop=True),
+    made(Mobile(), side=16, drop=True),
+    made(WIDE, share="block", drop=True),
+    made(Nested(), drop=True),
+]
 
 
 def next_breaks(m: Made, kept: dict[str, int], drops: tuple[str, ...], limits: object) -> bool:

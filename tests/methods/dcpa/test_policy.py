@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from made import made
 
 from attrim.methods.dcpa.objective import cost_term
+from attrim.methods.dcpa.policy import Policy
 from attrim.methods.dcpa.report import describe, explain
 from attrim.methods.dcpa.supernet import Supernet
 from nets import Mobile, Residual
@@ -117,3 +118,22 @@ def test_a_policy_survives_the_disk() -> None:
     other = made(Residual(), kind="se", seed=2)
     other.policy.load_state_dict(m.policy.state_dict())
     assert torch.equal(other.policy.logits(), m.policy.logits())
+
+
+def test_balanced_attention_moves_a_logit_no_faster_than_a_free_parameter() -> None:
+    """One step of Adam, all on one loss: the sum of the last candidates' logits."""
+    moved = {}
+    for kind, balanced in (("free", False), ("se", False), ("se", True), ("xattn", False), ("xattn", True)):
+        m = made(Residual((32, 64, 128)), kind=kind)
+        policy = Policy(m.space, m.prices, m.policy.ranks, kind, balanced=balanced)  # type: ignore[arg-type]
+        policy.observe(torch.rand(m.space.size, generator=torch.Generator().manual_seed(0)))
+        adam = torch.optim.Adam(policy.parameters(), lr=0.01)
+        before = policy.logits()[:, -1].detach()
+        policy.logits()[:, -1].sum().backward()
+        adam.step()
+        moved[kind, balanced] = float((before - policy.logits()[:, -1].detach()).mean())
+    assert moved["free", False] == pytest.approx(0.01, rel=1e-3)
+    assert moved["se", False] > 0.1
+    assert moved["xattn", False] > 0.1
+    assert 0.01 < moved["se", True] < 0.03
+    assert 0.01 < moved["xattn", True] < 0.03

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import Dense, made
+from made import Dense, Nested, made
 from torch import nn
 
 import attrim
@@ -154,3 +154,20 @@ class Heads(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.embed(x).flatten(2).transpose(1, 2)
         return self.fc(self.attention(tokens))
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_branches_inside_branches_and_what_runs_on_without_them(by_channel: bool) -> None:
+    m = made(Nested(), budget=ALL, drop=True, by_channel=by_channel, ratios=(0.5,))
+    inside = {b.id: b.inside for b in m.channels.branches if b.gate}
+    assert len(inside) >= 2
+    assert any(inside.values())
+    cost = m.channels.cost
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        choice = [int(torch.randint(len(u), (), generator=generator)) for u in m.space.units]
+        kept, drops = m.space.kept(choice), m.space.drops(choice)
+        one_hot = torch.nn.functional.one_hot(torch.tensor(choice), m.space.most).double()
+        whole = m.policy._moments(torch.ones(len(m.policy.open), dtype=torch.float64)) if by_channel else None
+        found = m.prices.expected(one_hot, whole).tolist()
+        assert found == pytest.approx([f(kept, drops) for f in (cost.macs, cost.params, cost.channels)], rel=1e-12)

@@ -24,10 +24,13 @@ class Information(nn.Module):
     Args:
         parts: the channels of each layer in flat vectors; an empty one has no descriptor and no addition.
         most: candidates of a layer; 0 to give one logit for each channel instead.
+        balanced: divide what is added to a logit by the number of its inputs, so that a step of an optimiser like Adam
+            moves a logit through them about as far as through a free parameter.
     """
 
-    def __init__(self, parts: Sequence[slice], most: int) -> None:
+    def __init__(self, parts: Sequence[slice], most: int, balanced: bool = False) -> None:
         super().__init__()
+        self.balanced = balanced
         self.parts, self.most = tuple(parts), most
         self.channels = max((p.stop for p in parts), default=0)
 
@@ -46,15 +49,15 @@ class SqueezeExcite(Information):
     ``most = 0``: ``u ⊙ σ(…)``, one number for each channel.
 
     Args:
-        parts, most: see :class:`Information`.
+        parts, most, balanced: see :class:`Information`.
         reduction: hidden units are ``max(C // reduction, 4)``.
 
     Source:
         Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; that its output enters the logits is our reading of DCP-A.
     """
 
-    def __init__(self, parts: Sequence[slice], most: int, reduction: int = 16) -> None:
-        super().__init__(parts, most)
+    def __init__(self, parts: Sequence[slice], most: int, reduction: int = 16, balanced: bool = False) -> None:
+        super().__init__(parts, most, balanced)
         sizes = sorted({p.stop - p.start for p in parts} - {0})
         self._layers = [[i for i, p in enumerate(parts) if p.stop - p.start == size] for size in sizes]
         self.stacks = nn.ModuleList(
@@ -80,7 +83,7 @@ class SqueezeExcite(Information):
             index = self.get_buffer(f"index{number}")
             attention, out = stack(z[index]), stack.get_parameter("out")
             if self.most:
-                added = torch.einsum("nkc,nc->nk", out, attention)
+                added = torch.einsum("nkc,nc->nk", out, attention) / (out.shape[2] if self.balanced else 1)
                 result = result.index_copy(0, self.get_buffer(f"layers{number}"), added)
             else:
                 result = result.index_copy(0, index.reshape(-1), (out * attention).reshape(-1))
@@ -113,7 +116,7 @@ class CrossLayer(Information):
     read-out for all layers.
 
     Args:
-        parts, most: see :class:`Information`.
+        parts, most, balanced: see :class:`Information`.
         macs: shape ``(layers,)``; multiply-adds that depend on the layer's width.
         width: of the tokens.
 
@@ -121,8 +124,10 @@ class CrossLayer(Information):
         Vaswani et al., 2017; its use here is our second reading of "layer information" in DCP-A.
     """
 
-    def __init__(self, parts: Sequence[slice], most: int, macs: Tensor, width: int = 32) -> None:
-        super().__init__(parts, most)
+    def __init__(
+        self, parts: Sequence[slice], most: int, macs: Tensor, width: int = 32, balanced: bool = False
+    ) -> None:
+        super().__init__(parts, most, balanced)
         count = len(parts)
         sizes = torch.tensor([p.stop - p.start for p in parts], dtype=torch.float64)
         fixed = torch.stack(
@@ -152,7 +157,7 @@ class CrossLayer(Information):
         )[0]
         found: Tensor = mixed + tokens
         logits: Tensor = found @ self.out.T if self.most else (self.out * found[self.get_buffer("owner")]).sum(1)
-        return logits
+        return logits / tokens.shape[1] if self.balanced else logits
 
     def _tokens(self, z: Tensor) -> Tensor:
         owner, sizes, count = self.get_buffer("owner"), self.get_buffer("sizes"), len(self.parts)
@@ -164,8 +169,10 @@ class CrossLayer(Information):
         return tokens
 
 
-def make_information(kind: Kind, parts: Sequence[slice], most: int, macs: Tensor, reduction: int) -> Information | None:
+def make_information(
+    kind: Kind, parts: Sequence[slice], most: int, macs: Tensor, reduction: int, balanced: bool
+) -> Information | None:
     """The attention part, or None where the logits are free parameters alone."""
     if kind == "se":
-        return SqueezeExcite(parts, most, reduction)
-    return CrossLayer(parts, most, macs) if kind == "xattn" else None
+        return SqueezeExcite(parts, most, reduction, balanced)
+    return CrossLayer(parts, most, macs, balanced=balanced) if kind == "xattn" else None

@@ -39,7 +39,7 @@ def dcpa(
     epochs: int = 15, warmup: float = 0.1, lr: float = 0.02, optimizer: Optimizer = "sgd", momentum: float = 0.9,
     weight_decay: float = 5e-4, lr_warmup: float = 0.0, clip: float | None = None,
     policy_lr: float = 3e-3, policy_decay: float = 1e-3, tau_high: float = 5.0, tau_low: float = 0.1,
-    reduction: int = 16, start: Start = "noise", fine: bool = True, weights: Inherit = "search",
+    reduction: int = 16, balanced: bool = False, start: Start = "noise", fine: bool = True, weights: Inherit = "search",
     recalibrate: int = 100, precision: Precision = "no", every_minutes: float | None = None,
 ) -> MethodOutcome:  # fmt: skip
     """Learn by gradient how wide each layer should be, with attention telling the policy about the layers.

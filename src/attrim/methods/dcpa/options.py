@@ -47,6 +47,8 @@ class DcpaOptions:
         policy_lr, policy_decay: of the policy's Adam, whose betas are (0.5, 0.999).
         tau_high, tau_low: temperatures at the beginning and the end.
         reduction: of ``se``: hidden units are ``max(C // reduction, 4)``.
+        balanced: what attention adds to a logit is divided by the number of its inputs, so that ``se`` and ``xattn`` move
+            logits no faster than ``free`` does at the same ``policy_lr``.
         start: initial logits: ``noise`` around 0, or ``wide``, leaning to the whole width.
         fine: meet the budget within 1 % by widths between the candidates where these are too far apart.
         weights: what is cut: the network as the ``search`` has trained it, the one ``given``, or one initialised anew
@@ -81,6 +83,7 @@ class DcpaOptions:
     tau_high: float = 5.0
     tau_low: float = 0.1
     reduction: int = 16
+    balanced: bool = False
     start: Start = "noise"
     fine: bool = True
     weights: Inherit = "search"

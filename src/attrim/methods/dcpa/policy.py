@@ -27,6 +27,7 @@ class Policy(nn.Module):
         ranks: shape ``(channels,)``, flat; place of each channel in its group's order, 0 being kept longest.
         kind: ``se``, ``xattn``, ``free``, or the controls ``random`` (fixed random logits) and ``uniform``.
         reduction: of ``se``.
+        balanced: whether attention moves logits as slowly as free parameters do.
         start: ``noise``: logits around 0; ``wide``: the whole width is ``e³`` times as likely as another.
         seed: of the initial values.
         momentum: what stays of ``z`` with each new descriptor.
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         kind: Kind = "se",
         *,
         reduction: int = 16,
+        balanced: bool = False,
         start: str = "noise",
         seed: int = 0,
         momentum: float = 0.9,
@@ -85,7 +87,7 @@ class Policy(nn.Module):
             self.theta, self.open = nn.Parameter(theta), nn.Parameter(opened)
             parts = space.slices()[len(space.units) :] if space.gated else space.slices()
             most = 0 if space.gated else space.most
-            self.information = make_information(kind, parts, most, self._macs(), reduction)
+            self.information = make_information(kind, parts, most, self._macs(), reduction, balanced)
 
     @property
     def learns(self) -> bool:

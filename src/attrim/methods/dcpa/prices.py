@@ -118,7 +118,8 @@ class _Book:
         cost = space.channels.cost
         unit_of = {unit.branch: u for u, unit in enumerate(space.units) if unit.branch is not None}
         self.unit_of_branch = {i: unit_of[id] for i, id in enumerate(cost.branches) if id in unit_of}
-        self.inside = cost.inside.tolist()
+        self.inside, self.sizes = cost.inside.tolist(), cost.sizes
+        self.branch_of = [-1] * len(cost.sizes) if cost.group_branch is None else cost.group_branch.tolist()
         self.rows: list[list[float]] = []
         self.owners: list[int] = []
         self.moments: list[tuple[int, int]] = []
@@ -127,22 +128,43 @@ class _Book:
 
     def add(self, polynomial: Counter[Monomial]) -> _Sum:
         """The sum with its factors numbered: rows by positive numbers, moments by negative ones until all are known."""
-        found = [self._factors(monomial) for monomial in polynomial]
+        parts = [(c * n, p, e) for monomial, c in polynomial.items() for n, p, e in self._spread(*monomial)]
+        found = [self._factors(powers, ending) for _, powers, ending in parts]
         longest = max([len(f) for f in found], default=0) or 1
         index = torch.zeros(len(found), longest, dtype=torch.int64)
         for i, factors in enumerate(found):
             index[i, : len(factors)] = torch.tensor(factors, dtype=torch.int64)
-        return _Sum(torch.tensor([float(c) for c in polynomial.values()], dtype=torch.float64), index)
+        return _Sum(torch.tensor([float(c) for c, *_ in parts], dtype=torch.float64), index)
 
-    def _factors(self, monomial: Monomial) -> list[int]:
-        powers, branch = monomial
-        parts: dict[int, list[tuple[int, int]]] = {}
-        factors, ending = [], set()
+    def _spread(self, powers: Powers, branch: int) -> list[tuple[int, Powers, frozenset[int]]]:
+        """A monomial as a sum of products of independent units: coefficient, powers, units whose "drop" ends it.
+
+        A group that vanishes with an outer branch counts in full in what still runs: ``c I + size (1 - I)`` with ``I`` for
+        keeping the outer branches.
+        """
+        items: list[tuple[int, Powers, frozenset[int]]] = [(1, (), self._chain(branch))]
+        for group, power in powers:
+            outer = self._chain(self.branch_of[group]) - {self.unit_of.get(group, (-1, 0))[0]}
+            size = int(self.sizes[group]) ** power
+            grown = []
+            for c, p, ending in items:
+                more = outer - ending
+                grown.append((c, (*p, (group, power)), ending | more))
+                grown += [(c * size, p, ending), (-c * size, p, ending | more)] if more else []
+            items = grown
+        return items
+
+    def _chain(self, branch: int) -> frozenset[int]:
+        """The units that drop a branch or one around it."""
+        found = set()
         while branch >= 0:
-            if branch in self.unit_of_branch:
-                ending.add(self.unit_of_branch[branch])
-                parts.setdefault(self.unit_of_branch[branch], [])
+            found |= {self.unit_of_branch[branch]} if branch in self.unit_of_branch else set()
             branch = self.inside[branch]
+        return frozenset(found)
+
+    def _factors(self, powers: Powers, ending: frozenset[int]) -> list[int]:
+        parts: dict[int, list[tuple[int, int]]] = {u: [] for u in sorted(ending)}
+        factors = []
         for group, power in powers:
             if group in self.gated:
                 factors.append(self._moment(self.gated[group], power))

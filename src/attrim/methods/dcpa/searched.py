@@ -183,7 +183,14 @@ def _begin(
     ranked = _ranked(model, space, options.order, data)
     ranks = torch.cat([order.argsort() for order in ranked.values()])
     policy = Policy(
-        space, Prices(space, limits), ranks, options.kind, reduction=options.reduction, start=options.start, seed=seed
+        space,
+        Prices(space, limits),
+        ranks,
+        options.kind,
+        reduction=options.reduction,
+        balanced=options.balanced,
+        start=options.start,
+        seed=seed,
     )
     return SearchNet(copy.deepcopy(model), policy.to(device_of(model))), ranked, plot
 

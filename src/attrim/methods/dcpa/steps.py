@@ -160,10 +160,8 @@ def _share(loss: Tensor, portion: Portion, engine: Engine) -> Tensor:
 def _figures(values: dict[str, Tensor], outputs: Any, portion: Portion, engine: Engine) -> Figures:
     size = float(portion.size)
     right, judged = class_hits(outputs, portion.batch.labels)
-    rows = [float(v.detach()) * size for v in values.values()] + [
-        float(right) if size else 0.0,
-        judged if size else 0,
-        size,
-    ]
-    *sums, hits, counted, samples = engine.total(torch.tensor(rows, dtype=torch.float64).to(engine.device)).tolist()
-    return Figures({n: v / samples for n, v in zip(values, sums, strict=True)}, samples, hits, counted)
+    means = torch.stack([v.detach().double() for v in values.values()]) * size
+    counts = torch.tensor([judged if size else 0, size], dtype=torch.float64, device=means.device)
+    hits = right.to(means).reshape(1) * float(size > 0)
+    *sums, found, counted, samples = engine.total(torch.cat([means, hits, counts])).tolist()
+    return Figures({n: v / samples for n, v in zip(values, sums, strict=True)}, samples, found, counted)
