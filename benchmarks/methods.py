@@ -86,6 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--macs", type=float, default=0.5, help="share that is kept (default 0.5)")
     parser.add_argument("--rows", type=int, default=5000, help="training rows (default 5000)")
     parser.add_argument("--epochs", type=int, default=3, help="of training gates and of sparse training (default 3)")
+    parser.add_argument("--warmup-epochs", type=int, default=3, help="of GlobalPru, before the vote (default 3)")
     parser.add_argument("--search-epochs", type=int, default=5, help="of the search of DCP-A (default 5)")
     parser.add_argument("--policy-lr", type=float, default=0.03, help="of DCP-A, for a short search (default 0.03)")
     parser.add_argument("--tune", type=int, default=2, help="epochs of fine-tuning behind the cut (default 2)")
@@ -97,7 +98,13 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.full:
         options.network, options.rows, options.test_images = "resnet56", 45_000, 10_000
-        options.epochs, options.tune, options.search_epochs, options.policy_lr = 20, 40, 100, 3e-3
+        options.warmup_epochs, options.epochs, options.tune, options.search_epochs, options.policy_lr = (
+            20,
+            40,
+            40,
+            100,
+            3e-3,
+        )
     return options
 
 
@@ -205,7 +212,8 @@ class Bench:
                     augmented=self.training(),
                     holdout=holdout,
                     seed=seed,
-                    warmup_epochs=max(1, self.options.epochs // 3),
+                    warmup_epochs=self.options.warmup_epochs,
+                    warmup_lr=0.05,
                     epochs=self.options.epochs,
                     **extra,
                 )
