@@ -84,10 +84,18 @@ class Zeros(_StandIn):
         dtype = given.dtype if given.is_floating_point() else None
         place = next((d for d, e in enumerate(self.shape) if e.channels), None)
         if place is None:
-            return torch.zeros(sizes, dtype=dtype, device=given.device)
+            return self._followed(given, sizes, dtype)
         row = self.zeros.to(dtype or self.zeros.dtype)
         sizes[place] = -1
         return row.view([-1 if d == place else 1 for d in range(len(sizes))]).expand(sizes).clone()
+
+    def _followed(self, given: Tensor, sizes: list[int], dtype: torch.dtype | None) -> Tensor:
+        """Zeros made from a corner of the input, so that a trace sees whose channels they are."""
+        if given.ndim != len(sizes):
+            return torch.zeros(sizes, dtype=dtype, device=given.device)
+        whole = [e.source == d and not e.steps for d, e in enumerate(self.shape)]
+        corner = given[tuple(slice(None) if keeps else slice(1) for keeps in whole)]
+        return torch.zeros_like(corner, dtype=dtype or torch.get_default_dtype()).expand(sizes).clone()
 
     def extra_repr(self) -> str:
         """The shape, for people."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ def find_branches(analysis: Analysis) -> tuple[list[Found], dict[str, tuple[str,
             removals[region.total] = made
     reasons += _try(analysis, graph, regions, removals)
     kept = [region for region in regions if region.total in removals]
-    found = _name([_branch(graph, region, removals[region.total], below) for region in kept])
+    found = _name(graph, [_branch(graph, region, removals[region.total], below) for region in kept])
     passes = _passes(graph, found, known, below)
     failed = tried(analysis, [{path: Replacement()} for path in passes])
     passes = {path: ids for i, (path, ids) in enumerate(passes.items()) if i not in failed}
@@ -197,13 +198,13 @@ def _gate(graph: Graph, region: Region) -> str:
     return ""
 
 
-def _name(found: Sequence[Found]) -> list[Found]:
+def _name(graph: Graph, found: Sequence[Found]) -> list[Found]:
     """Give every branch its id, and the id of the branch that contains it."""
     blocks = Counter(f.branch.block for f in found)
     ids: list[str] = []
     for f in found:
         alone = f.branch.block and blocks[f.branch.block] == 1
-        name = f.branch.block if alone else _heaviest(f.branch)
+        name = f.branch.block if alone else _heaviest(graph, f)
         count = sum(i == name or i.startswith(f"{name}#") for i in ids)
         ids.append(f"{name}#{count + 1}" if count else name)
     named = []
@@ -213,9 +214,14 @@ def _name(found: Sequence[Found]) -> list[Found]:
     return named
 
 
-def _heaviest(branch: Branch) -> str:
-    counts = {path: sum(name.startswith(f"{path}.") for name in branch.tensors) for path in branch.modules}
-    return max(counts, key=lambda path: counts[path])
+def _heaviest(graph: Graph, found: Found) -> str:
+    """The removed module with the most weights, the last of equals."""
+    weights = dict.fromkeys(reversed(found.branch.modules), 0)
+    for name in found.branch.tensors:
+        path = next((p for p in weights if name.startswith(f"{p}.")), None)
+        if path is not None:
+            weights[path] += math.prod(graph.nodes[graph.tensors[name]].shape)
+    return max(weights, key=lambda path: weights[path])
 
 
 def _passes(

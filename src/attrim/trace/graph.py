@@ -70,7 +70,7 @@ class ModuleCall:
         single: it was called with one positional tensor and nothing else.
         returned: values of the tensors in its result, None for anything else, one entry if it is not a tuple.
         is_tuple: the result is a tuple or list.
-        inert: a plain ``nn.Identity``.
+        inert: an ``nn.Identity`` or an empty ``nn.Sequential``, which do nothing in training either.
     """
 
     path: str
@@ -156,7 +156,7 @@ class Graph:
         """A module is called; one without a path was made on the way and belongs to whoever made it."""
         tensors = tensors_in(args)
         single = len(args) == 1 and isinstance(args[0], Tensor)
-        inert = type(module) is nn.Identity
+        inert = _inert(module)
         self._open.append(
             ModuleCall(
                 _NAMELESS if path is None else path,
@@ -179,6 +179,10 @@ class Graph:
         call.returned = tuple(self.node(x) if isinstance(x, Tensor) else None for x in items)
         if call.path != _NAMELESS:
             self.calls.append(call)
+
+
+def _inert(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) is nn.Sequential and all(map(_inert, module)))
 
 
 def _operands(graph: Graph, call: Call) -> tuple[int, ...]:

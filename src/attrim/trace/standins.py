@@ -85,9 +85,9 @@ def _calls(graph: Graph, paths: Collection[str]) -> list[ModuleCall]:
 def _first_only(graph: Graph, region: Region, units: IntArray) -> StandIns | None:
     """The first module makes the zeros and the others pass them on, where what lies between takes zeros as they come."""
     calls = _calls(graph, region.modules)
-    if len({c.path for c in calls}) != len(calls) or not all(c.single and not c.is_tuple for c in calls):
-        return None
     first, rest = calls[0], calls[1:]
+    if any(c.path == first.path for c in rest) or not all(c.single and not c.is_tuple for c in calls):
+        return None
     for number in region.ops:
         op = graph.ops[number]
         if within(op.path, region.modules):
@@ -95,7 +95,7 @@ def _first_only(graph: Graph, region: Region, units: IntArray) -> StandIns | Non
                 return None
         elif op.name not in _SAME or sum(graph.nodes[n].live for n in op.reads) != 1 or len(op.reads) > 1:
             return None
-    if any(c.given[0] in region_inputs(graph, region) for c in rest):
+    if any(c.given[0] in region.entries for c in rest):
         return None
     extents = _extents(graph, first.given[0], region.result, units)
     if extents is None:
@@ -105,11 +105,6 @@ def _first_only(graph: Graph, region: Region, units: IntArray) -> StandIns | Non
         found.widths[first.path] = extents[1]
     found.replacements.update({c.path: Replacement() for c in rest})
     return found
-
-
-def region_inputs(graph: Graph, region: Region) -> set[int]:
-    """Activations from outside that the region reads."""
-    return set(region.entries)
 
 
 def _outside(graph: Graph, region: Region, node: int) -> bool:
