@@ -149,6 +149,9 @@ def test_the_expected_cost_comes_to_the_budget(cost: str) -> None:
     assert first["expected"]["macs"] < 0.6 or cost == "one_sided"
 
 
+KINDS = ("se", "free", "xattn")
+
+
 class Same(nn.Module):
     """One of several equal blocks; with ``on = 0`` its branch sees nothing and adds nothing, and costs as much."""
 
@@ -176,7 +179,10 @@ class Row(nn.Module):
         return self.fc(self.blocks(self.stem(x).relu()).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("seed", "kind"), [(0, "se"), (1, "free"), (2, "xattn")])
+SEEDS = [pytest.param(s, k, marks=[] if s == i else pytest.mark.slow) for i, k in enumerate(KINDS) for s in range(3)]
+
+
+@pytest.mark.parametrize(("seed", "kind"), SEEDS)
 def test_a_useless_block_is_dropped(seed: int, kind: str) -> None:
     """The labels are the network's own answers, so each of the other blocks is needed."""
     useless = 1 + seed % 3
