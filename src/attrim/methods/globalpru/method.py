@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from attrim.core.budget import Budget
 from attrim.core.channels import ChannelMap
 from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
-from attrim.errors import InputError
+from attrim.errors import AttrimWarning, InputError
 from attrim.methods.gate_training import GateRun, attention_note, check_data, first_batch, gate_notes, read_once
 from attrim.methods.globalpru.diary import Diary
 from attrim.methods.globalpru.losses import Form
@@ -153,7 +154,9 @@ class _Method:
         """How many channels stay if every group keeps the same fraction."""
         orders = {group: torch.arange(self.channels[group].size) for group in gates.places}
         scores = Scores(place_scores(orders), "expected")
-        plan = plan_of_orders(self.channels, scores, "uniform", self.budget, self.options.ratio)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AttrimWarning)  # of a plan that nobody gets
+            plan = plan_of_orders(self.channels, scores, "uniform", self.budget, self.options.ratio)
         return {group: int(plan.groups[group]["kept"]) for group in gates.places}
 
     def _gates(self, example: Any) -> Gates:
