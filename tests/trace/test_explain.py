@@ -75,7 +75,9 @@ def test_the_table_has_a_line_for_every_group_and_every_pin(attention: ChannelMa
         ["qkv", "4", "3", "yes"],
     ]
     assert lines[3:5] == ["", "pinned:"]
-    assert [line.split(":")[0].strip() for line in lines[5:]] == ["embed.weight", "head.weight", "head.bias"]
+    assert [line.split(":")[0].strip() for line in lines[5:8]] == ["embed.weight", "head.weight", "head.bias"]
+    assert lines[8:10] == ["", "branches that can be removed whole:"]
+    assert [line.split(":")[0].strip() for line in lines[10:]] == ["qkv"]
     assert "head.weight:0 (5 of 5): is an output of the network" in lines[6]
 
 

@@ -183,7 +183,7 @@ class ChannelMap:
         return self.groups[group]
 
     def explain(self, name: str) -> str:
-        """What happens to a tensor: the groups it belongs to, and why the rest of it is pinned.
+        """What happens to a tensor: the branch it goes with, the groups it belongs to, and why the rest is pinned.
 
         Args:
             name: a tensor (``layer1.0.conv1.weight``) or one axis of it (``layer1.0.conv1.weight:0``).
@@ -205,6 +205,7 @@ class ChannelMap:
                 f"Ask for explain('{tensor}:0'), or for explain('{tensor}') to see all."
             )
         lines = [f"{tensor} {tuple(self.shapes[tensor])}"]
+        lines += [f"  goes with the branch '{b.id}' ({b.note})" for b in self.branches if tensor in b.tensors]
         for d, size in enumerate(self.shapes[tensor]):
             if not dim or int(dim) == d:
                 lines += self._explain_axis(Axis(tensor, d), size)
@@ -227,7 +228,7 @@ class ChannelMap:
         return lines or [f"  dim {axis.dim} ({size}): not a channel axis"]
 
     def table(self) -> str:
-        """The groups and the pinned parts as plain text, one line each."""
+        """The groups, the pinned parts and the residual branches as plain text, one line each."""
         rows = [("group", "channels", "axes", "exact")]
         rows += [
             (g.id, str(g.size), str(len(g.members)), "yes" if g.exact else "no: " + "; ".join(g.effects)) for g in self
@@ -236,10 +237,19 @@ class ChannelMap:
         lines = [f"{a:<{width[0]}}  {b:>{width[1]}}  {c:>{width[2]}}  {d}" for a, b, c, d in rows]
         lines += ["", "pinned:"] if self.pinned else []
         lines += [f"  {pin.axis} ({len(pin.positions)} of {pin.size}): {pin.reason}" for pin in self.pinned]
+        lines += ["", "branches that can be removed whole:"] if self.branches else []
+        lines += [
+            f"  {b.id}: {len(b.tensors)} tensors, {self.cost.macs() - self.cost.macs(drops=[b.id]):,} MACs; "
+            f"{'the input' if b.shortcut == 'identity' else 'a computed shortcut'} stays"
+            + (f"; inside {b.inside}" if b.inside else "")
+            for b in self.branches
+        ]
+        lines += ["", "sums without such a branch:", *(f"  {reason}" for reason in self.sums)] if self.sums else []
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         return (
             f"ChannelMap({len(self.groups)} groups, {self.cost.channels()} channels, {len(self.pinned)} pinned axes, "
-            f"{self.cost.macs():,} MACs, {self.cost.params():,} parameters)"
+            + (f"{len(self.branches)} branches, " if self.branches else "")
+            + f"{self.cost.macs():,} MACs, {self.cost.params():,} parameters)"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -204,7 +204,8 @@ def _name(graph: Graph, found: Sequence[Found]) -> list[Found]:
     ids: list[str] = []
     for f in found:
         alone = f.branch.block and blocks[f.branch.block] == 1
-        name = f.branch.block if alone else _heaviest(graph, f)
+        inner = {path for g in found if g.region.total in f.region.ops for path in g.branch.modules}
+        name = f.branch.block if alone else _heaviest(graph, f, inner)
         count = sum(i == name or i.startswith(f"{name}#") for i in ids)
         ids.append(f"{name}#{count + 1}" if count else name)
     named = []
@@ -214,9 +215,10 @@ def _name(graph: Graph, found: Sequence[Found]) -> list[Found]:
     return named
 
 
-def _heaviest(graph: Graph, found: Found) -> str:
-    """The removed module with the most weights, the last of equals."""
-    weights = dict.fromkeys(reversed(found.branch.modules), 0)
+def _heaviest(graph: Graph, found: Found, inner: Collection[str]) -> str:
+    """The removed module with the most weights, the last of equals; one of its own, if there is any."""
+    own = [path for path in found.branch.modules if path not in inner]
+    weights = dict.fromkeys(reversed(own or found.branch.modules), 0)
     for name in found.branch.tensors:
         path = next((p for p in weights if name.startswith(f"{p}.")), None)
         if path is not None:
