@@ -44,7 +44,8 @@ def next_breaks(m: Made, kept: dict[str, int], drops: tuple[str, ...], limits: o
 @given(case=st.sampled_from(range(len(CASES))), data=st.data())
 def test_the_repaired_network_is_always_within_the_window(case: int, data: st.DataObject) -> None:
     m = CASES[case]
-    share = data.draw(st.sampled_from([0.3, 0.47, 0.5, 0.57, 0.7, 0.9]))
+    low = [0.3, 0.47] if case != len(CASES) - 1 else []  # its attention on zeros costs 0.43 at the least
+    share = data.draw(st.sampled_from([*low, 0.5, 0.57, 0.7, 0.9]))
     spread = data.draw(st.sampled_from([0.1, 1.0, 10.0]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
     limits = limits_of(m.channels.cost, attrim.Budget(macs=share))
@@ -104,6 +105,20 @@ def test_a_budget_below_the_narrowest_network_is_refused() -> None:
     tight = attrim.Budget(macs=0.01)
     with pytest.raises(BudgetError, match="smallest reachable"):
         check_reach(m.space, limits_of(m.channels.cost, tight), tight)
+
+
+def test_a_drop_that_makes_the_network_dearer_is_taken_back() -> None:
+    """Without its layers the product of attention runs on, in full: narrow heads are cheaper than none."""
+    m = CASES[-1]
+    units = {u.name: i for i, u in enumerate(m.space.units)}
+    logits = torch.where(torch.arange(m.space.most) == 0, 9.0, 0.0).repeat(len(units), 1)
+    logits[units["mix"], 1], logits[units["down"], 1] = 8.0, 10.0
+    log_p = logits.masked_fill(~m.policy.valid, -1e4).log_softmax(1)
+    limits = limits_of(m.channels.cost, attrim.Budget(macs=0.45))
+    found = repair(m.space, Prices(m.space, limits), log_p, limits)
+    assert found.slack >= 0
+    assert "mix" not in found.drops
+    assert found.choice[units["mix"]] == 1
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])

@@ -48,11 +48,17 @@ def check_reach(space: SearchSpace, limits: Limits, budget: Budget) -> None:
     Raises:
         BudgetError: says the smallest reachable value and what blocks it.
     """
-    nothing = [0] * len(space.units)
-    least = _vector(space, nothing, limits)
-    for group in space.gated:
-        least[number_of(space.channels, group)] = space.floors[group]
-    if slack_of(limits, least, space.drops(nothing)) < 0:
+    least: IntArray = limits.cost.sizes
+    best = -np.inf
+    for branches in (0, 1):  # a branch that goes usually costs nothing, and attention on zeros still something
+        choice = [branches if unit.branch is not None else 0 for unit in space.units]
+        kept = _vector(space, choice, limits)
+        for group in space.gated:
+            kept[number_of(space.channels, group)] = space.floors[group]
+        slack = slack_of(limits, kept, space.drops(choice))
+        if slack > best:
+            least, best = kept, slack
+    if best < 0:
         raise unreachable(space.channels, limits, least, list(space.groups), budget)
 
 
@@ -62,7 +68,8 @@ def repair(
     """The most probable candidates, moved one at a time until the network costs what it may.
 
     Above the budget, the move to the next narrower candidate that costs the policy least (in log-probability, for each
-    multiply-add saved) is made until the budget holds; more than 1 % below it, moves to wider ones that stay within it.
+    share of the tightest limit saved) is made until the budget holds; more than 1 % below it, moves to wider ones that stay
+    within it.
     Where one candidate is worth more than the window, single channels (or multiples) fill up the rest. Deterministic.
 
     Args:
@@ -110,15 +117,16 @@ class _Walk:
     def __init__(self, space: SearchSpace, prices: Prices, scores: np.ndarray, choice: IntArray) -> None:
         self.space, self.prices, self.scores, self.choice = space, prices, scores, choice.copy()
         self.last = np.array([len(unit) - 1 for unit in space.units], np.int64)
+        self.branches = np.array([unit.branch is not None for unit in space.units], bool)
 
     def down(self) -> int:
-        """Narrower until the budget holds; returns the number of moves."""
+        """Cheaper until the budget holds, or nothing is cheaper; returns the number of moves."""
         moves = 0
         while self._slack(self.choice[None])[0] < 0:
-            open_ = np.flatnonzero(self.choice > 0)
-            if not len(open_):
+            back = (self.choice == 0) & self.branches  # what runs on without a branch runs in full: it may cost more
+            units = np.concatenate([np.flatnonzero(self.choice > 0), np.flatnonzero(back)])
+            if not self._move(units, np.where(self.choice[units] > 0, -1, 1), 1):
                 break
-            self.choice[self._best(open_, -1, None)] -= 1
             moves += 1
         return moves
 
@@ -126,11 +134,10 @@ class _Walk:
         """Wider while more than the window is left; returns the number of moves."""
         moves = 0
         while self._slack(self.choice[None])[0] > WINDOW:
-            open_ = np.flatnonzero(self.choice < self.last)
-            fits = self._slack(self._moved(open_, 1)) >= 0
-            if not fits.any():
+            units = np.flatnonzero(self.choice < self.last)
+            units = units[self._slack(self._moved(units, np.ones_like(units))) >= 0]
+            if not self._move(units, np.ones_like(units), -1):
                 break
-            self.choice[self._best(open_[fits], 1, None)] += 1
             moves += 1
         return moves
 
@@ -138,17 +145,21 @@ class _Walk:
         """Kept counts of all groups."""
         return _vector(self.space, self.choice.tolist(), limits)
 
-    def _best(self, units: IntArray, step: int, _: None) -> int:
-        costs = self.prices.at(torch.from_numpy(np.concatenate([self.choice[None], self._moved(units, step)])))
-        shares = (costs / self.prices.whole).numpy()
-        change = np.abs(shares[1:] - shares[:1]).max(1)
-        loss = self.scores[units, self.choice[units]] - self.scores[units, self.choice[units] + step]
-        price = np.where(change > 1e-12, loss / np.maximum(change, 1e-12), np.inf)  # what is gone already saves nothing
-        return int(units[np.lexsort((units, price))[0]])
+    def _move(self, units: IntArray, steps: IntArray, sign: int) -> bool:
+        """Make the move that costs the policy least for each share that it saves (or spends, ``sign = -1``), if any does."""
+        before = self._slack(self.choice[None])[0]
+        saved = sign * (self._slack(self._moved(units, steps)) - before)
+        loss = self.scores[units, self.choice[units]] - self.scores[units, self.choice[units] + steps]
+        units, steps, price = (a[saved > 1e-12] for a in (units, steps, loss / np.maximum(saved, 1e-12)))
+        if not len(units):
+            return False
+        best = np.lexsort((units, price))[0]
+        self.choice[units[best]] += steps[best]
+        return True
 
-    def _moved(self, units: IntArray, step: int) -> IntArray:
+    def _moved(self, units: IntArray, steps: IntArray) -> IntArray:
         moved = np.repeat(self.choice[None], len(units), 0)
-        moved[np.arange(len(units)), units] += step
+        moved[np.arange(len(units)), units] += steps
         return moved
 
     def _slack(self, choices: IntArray) -> np.ndarray:
