@@ -1,4 +1,4 @@
-"""Nouns in, pages, tables and figures out."""
+"""Nouns in, pages, tables and figures out. All figures are in :mod:`attrim.report.figures`."""
 
 from attrim.report.figures import Picture, architecture
 from attrim.report.tables import Figures, Table, channel_table, comparison_table, pinned_table
