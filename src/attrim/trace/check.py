@@ -9,9 +9,9 @@ import numpy as np
 
 from attrim.core.channels import Reason
 from attrim.trace.capture import Analysis, conclude
+from attrim.trace.compare import TOLERANCE, compare, exact_part
 from attrim.trace.probe import labels_of, random_cut, smallest
 from attrim.trace.run import Run
-from attrim.trace.verify import TOLERANCE, compare, exact_part
 
 __all__ = ["check_numbers"]
 

@@ -17,6 +17,7 @@ from attrim.modules.skips import without_modules
 from attrim.trace.branches import Found, find_branches
 from attrim.trace.call import Call
 from attrim.trace.capture import Analysis
+from attrim.trace.compare import relative
 from attrim.trace.graph import Graph
 from attrim.trace.labels import Conflict, Recorder
 from attrim.trace.run import Engine, Run
@@ -111,14 +112,9 @@ def _averages(analysis: Analysis, gone: Sequence[Found], zeroed: Run, small: Run
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.is_floating_point():
-        return 0.0 if torch.equal(a, b) else float("inf")
-    if not a.numel():
-        return 0.0
-    gap = float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30)
-    return gap if gap == gap else float("inf")
+    if a.is_floating_point() or a.shape != b.shape:
+        return relative(a, b)
+    return 0.0 if torch.equal(a, b) else float("inf")
 
 
 def _graph(analysis: Analysis) -> Graph:
