@@ -27,9 +27,9 @@ class Killed(Exception):
     pass
 
 
-def run(folder: Path | None, **more: Any) -> MethodOutcome:
-    model, data = filled(Plain(20, 150)), batches()  # of more than 128 channels pairs are drawn
-    channels = attrim.trace(model, data[0][0])
+def run(folder: Path | None, data: Any = None, **more: Any) -> MethodOutcome:
+    model, data = filled(Plain(20, 150)), batches() if data is None else data  # above 128 channels pairs are drawn
+    channels = attrim.trace(model, torch.zeros(2, 3, 8, 8))
     return globalpru(model, channels, data, holdout=data, folder=folder, **{**OPTIONS, **more})
 
 
@@ -110,6 +110,19 @@ def test_it_goes_on_to_the_same_bytes(where: str, whole: MethodOutcome, tmp_path
     same(whole, resumed)
     assert told == [1, 2, 3, 4, 5, 6]  # also those of the part before, so that a log of epochs is whole
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("where", ["sparse training", "second vote", "reading"])
+def test_a_shuffling_source_gives_the_same_votes_again(where: str, tmp_path: Path) -> None:
+    images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 4, shuffle=True)
+    given: dict[str, Any] = {"data": loader, "samples": 5, "monitor": 5}
+    torch.manual_seed(1)
+    whole = run(None, **given)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        run(tmp_path, **given, **PLACES[where](patched))
+    torch.manual_seed(2)
+    same(whole, run(tmp_path, resume=True, **given))
 
 
 def test_a_finished_run_is_read_and_another_refused(

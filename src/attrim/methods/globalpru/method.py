@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from attrim.methods.globalpru.scores import Alloc, Ranked, attention_scores, pla
 from attrim.methods.globalpru.vote import Ballot
 from attrim.methods.outcome import MethodOutcome
 from attrim.methods.ratio import check_reach, check_size
+from attrim.modules.batches import device_of
 from attrim.modules.gates import Gates
 from attrim.modules.gates.places import Point, Policy
+from attrim.recover.engine import Engine, make_engine
+from attrim.recover.randomness import own_randomness
 from attrim.recover.recipe import Loss, Optimizer
 
 __all__ = ["globalpru"]
@@ -118,16 +122,25 @@ class _Method:
         check_size(budget, options.ratio)
 
     def __call__(self, data: Iterable[Any]) -> MethodOutcome:
+        engine = make_engine(device_of(self.model), "no")  # several processes meet before one writes
+        with ExitStack() as stack:
+            stack.callback(engine.close)
+            stack.enter_context(own_randomness(self.run.seed, device_of(self.model)))  # the caller's states stay
+            return self._run(data, engine)
+
+    def _run(self, data: Iterable[Any], engine: Engine) -> MethodOutcome:
         options = self.options
         size = None if self.budget is None else asdict(self.budget)
         stages = self.run.stages("globalpru", self.model, {**options.identity(), "budget": size})
         gates = self._gates(first_batch(data))
         check_reach(self.channels, gates.places, self._plan)
+        engine.gather(0)  # every process has looked into the folder before one of them writes there
         stages.begin()
         work = Work(options, self.run, stages, data, self._plan_of)
         result = work.train(self.model, gates, self._expected(gates))
         base, gates = result.gated.base, result.gated.gates
-        statistics = read_once(stages, base, gates, data, options.samples)
+        with own_randomness(self.run.seed, device_of(base)):
+            statistics = read_once(stages, base, gates, data, options.samples)
         network = base if options.end == "drop" else gates.fold(base, statistics.factors())
         scores = self._scores(result.orders, {g: m.float() for g, m in statistics.score().items()})
         found = {

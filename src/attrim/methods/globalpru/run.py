@@ -20,12 +20,13 @@ from attrim.methods.globalpru.monitor import measure_agreement
 from attrim.methods.globalpru.objective import TowardsOrder
 from attrim.methods.globalpru.options import GlobalPruOptions
 from attrim.methods.stages import Stages
-from attrim.modules.batches import read_batch
+from attrim.modules.batches import device_of, read_batch
 from attrim.modules.distributed import rank
 from attrim.modules.gates import Gated, Gates
 from attrim.modules.names import named_tensors
 from attrim.recover.checkpoint import Checkpoints
 from attrim.recover.finetune import finetune
+from attrim.recover.randomness import own_randomness
 
 __all__ = ["Ordered", "Work"]
 
@@ -101,9 +102,11 @@ class Work:
         return Ordered(gated, held.vote.orders, held.kept, held.plan)
 
     def _vote(self, gated: Gated, number: int, kept: Mapping[str, int], before: Outcome | None, done: int) -> _Held:
-        vote = hold_vote(
-            gated.base, gated.gates, self.batches, self.options, self.stages, number, kept, self.run.seed, before
-        )
+        seed = self.run.seed
+        with own_randomness(seed + number, device_of(gated)):  # a source that shuffles gives a resumed run the same
+            vote = hold_vote(
+                gated.base, gated.gates, self.batches, self.options, self.stages, number, kept, seed, before
+            )
         plan = self.plan_of(vote.orders, vote.mean)
         held = _Held(vote, {group: int(plan.groups[group]["kept"]) for group in vote.orders}, plan)
         self._look(f"vote-{number}", gated, held, done, masks=number == 0)
@@ -205,7 +208,8 @@ class Work:
         if not self.options.monitor:
             return {}
         if self.watched is None:
-            self.watched = _first_samples(self.batches, self.options.monitor)
+            with own_randomness(self.run.seed, device_of(gated)):  # training draws from the same generators
+                self.watched = _first_samples(self.batches, self.options.monitor)
         reader, some = self.options.reader, self.options.monitor
         groups = measure_agreement(gated.base, gated.gates, orders, kept, self.watched, reader=reader, samples=some)
         names = ("tau", "overlap", "variance")
@@ -216,12 +220,11 @@ class Work:
 def _first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
     """Batches with the first so many samples, held so that every epoch is measured on the same."""
     held, seen = [], 0
-    with torch.random.fork_rng(devices=[]):  # a shuffling source draws from the generator that training draws from
-        for raw in islice(batches, samples):
-            held.append(raw)
-            seen += read_batch(raw, torch.device("cpu")).size
-            if seen >= samples:
-                break
+    for raw in islice(batches, samples):
+        held.append(raw)
+        seen += read_batch(raw, torch.device("cpu")).size
+        if seen >= samples:
+            break
     return held
 
 
