@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from attrim.core.plan import PruningPlan
+from attrim.core.plan import PruningPlan, within
 from attrim.errors import InputError, PlanError
 from attrim.modules.names import named_tensors
 from attrim.ship.weights import fill, read_weights, save_weights
@@ -108,6 +108,12 @@ def _check_folder(folder: Path) -> None:
 
 def _check_cut(model: nn.Module, plan: PruningPlan) -> None:
     named = named_tensors(model)
+    left = [n for n in named.tensors if within(n, plan.drops) and n.removesuffix(".zeros") not in plan.replacements]
+    if left:
+        raise PlanError(
+            f"the model and the plan do not belong together: the plan drops '{left[0]}' with its branch, the model still has "
+            "it. Save what attrim.apply(model, plan) returned."
+        )
     for name, cut in plan.cuts.items():
         found = named.tensors.get(name)
         if found is None or tuple(found.shape) != cut.shape_after:

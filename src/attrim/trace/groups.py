@@ -143,6 +143,8 @@ def _taps(tracer: Tracer, parts: Partition) -> list[list[Tap]]:
     seen: set[tuple[str, int, int]] = set()
     tables: dict[int, list[tuple[int, IntArray]]] = {}  # a norm and its activation show the same labels
     for path, module, value in tracer.taps:
+        if not value.live:
+            continue  # the zeros in the place of a removed branch show its channels, but nothing of them
         for dim, vector in enumerate(value.axes):
             if vector is None:
                 continue
