@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from attrim.core.channels import ChannelMap
 from attrim.core.scores import Scores
@@ -22,44 +22,20 @@ from attrim.methods.fast.folding import foldable
 from attrim.methods.fast.heldout import HeldOut, few
 from attrim.methods.fast.recording import Key, record
 from attrim.methods.fast.reference import Layout, Reference, keep_for, lay_out
-from attrim.methods.fast.stops import Doubt, Stop
-from attrim.modules.batches import Batch, batch_source, device_of, logits_of, read_batch
-from attrim.recover.evaluate import answers
+from attrim.methods.fast.stops import Doubt, Stop, lesson
+from attrim.methods.fast.values import Judged, all_outputs, given_up, top1, with_clearness
+from attrim.modules.batches import Batch, batch_source, device_of, read_batch
 from attrim.search.decide import plan_from_kept
 from attrim.search.space import Point
 from attrim.surgery.cut import apply
 
-__all__ = ["FastObjective", "Judged", "top1"]
+__all__ = ["FastObjective"]
+
+Kept = Point | Sequence[int] | Mapping[str, int]
+"""Kept counts, by group or in the order of ``channels.cost.groups``."""
 
 _RECENT = 8
 """Candidates that came one by one and are remembered, to see whether another reference would pay."""
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What is known about a candidate.
-
-    Attributes:
-        value: mean over the samples; an estimate where the candidate was given up.
-        complete: whether all samples were judged.
-        samples: how many were.
-    """
-
-    value: float
-    complete: bool
-    samples: int
-
-
-def top1(outputs: Any, batch: Batch) -> Tensor:
-    """1 for each label that is hit, 0 for each that is missed, and by how much the best score leads; shape ``(n, 2)``.
-
-    Negative labels are left out.
-    """
-    scores = logits_of(outputs)
-    guessed, labels = answers(scores, batch.labels)
-    two = scores.topk(2, dim=1).values if scores.ndim > 1 and scores.shape[1] > 1 else None
-    lead = two.select(1, 0) - two.select(1, 1) if two is not None else scores.abs().reshape(guessed.shape)
-    return torch.stack([(guessed == labels).float(), lead.float()], -1)[labels >= 0].reshape(-1, 2)
 
 
 class FastObjective:
@@ -75,8 +51,9 @@ class FastObjective:
     * a candidate that can hardly beat the best one any more is given up (``stop``), the unclear images being looked at
       first; its value is then an estimate below the best value. The best of all candidates is always judged whole.
 
-    The order of the calls decides what is the best so far, hence when candidates are given up: the same calls give the
-    same values. A run that goes on shows the best candidate again, with :meth:`restore`.
+    What is the best so far, and how often candidates disagreed with it, changes only between calls of :meth:`judge`: the
+    same calls give the same values. Those who share the work among processes, or go on with a killed run, use
+    :meth:`judge_one`, which changes nothing, and :meth:`learn`, which takes in results wherever they come from.
 
     Args:
         model: the trained network. Not changed.
@@ -129,11 +106,12 @@ class FastObjective:
         first = [min(use[m.axis.tensor] for m in channels[g].members) for g in channels.cost.groups]
         images = sum(b.size for b in self._calibration) + self._holdout.samples
         self._layout: Layout = lay_out(recording, first, some.size, images, memory)
-        self._checked = False
+        self._checked = self._sorted = False
         self._reference: Reference | None = None
         self._known: dict[Point, Judged] = {}
         self._recent: deque[Point] = deque(maxlen=_RECENT)
         self._answers: dict[Point, Tensor] = {}
+        self._first: Point | None = None
         self._best: Point | None = None
         self._early: dict[Point, Tensor] = {}
         self._doubt = Doubt()
@@ -144,12 +122,12 @@ class FastObjective:
         """The best candidate that was judged whole, and its value."""
         return None if self._best is None else (self._best, self._known[self._best].value)
 
-    def __call__(self, kept: Point | Sequence[int] | Mapping[str, int]) -> float:
+    def __call__(self, kept: Kept) -> float:
         """The value of one candidate."""
         return self.judge([kept])[0].value
 
-    def judge(self, candidates: Sequence[Point | Sequence[int] | Mapping[str, int]]) -> list[Judged]:
-        """Judge candidates; those that come together share a reference, if one pays.
+    def judge(self, candidates: Sequence[Kept]) -> list[Judged]:
+        """Judge candidates, then learn from them; those that come together share a reference, if one pays.
 
         Args:
             candidates: kept counts, by group or in the order of ``channels.cost.groups``.
@@ -157,44 +135,86 @@ class FastObjective:
         Raises:
             InputError: counts that the network cannot keep.
         """
-        points = [tuple(self._channels.cost.vector(kept).tolist()) for kept in candidates]
-        self._aim([*self._recent, *points] if len(points) == 1 else points)
-        found = []
+        points = [self._point(kept) for kept in candidates]
+        if len(points) > 1:
+            self._aim(points)
+        found = {point: self._known[point] for point in points if point in self._known}
         for point in points:
-            self._recent.append(point)
-            if point not in self._known:
-                self._known[point] = self._judge(point)
-            found.append(self._known[point])
-        return found
+            if point not in found:
+                found[point] = self.judge_one(point)
+        self.learn(found)
+        return [found[point] for point in points]
 
-    def restore(self, kept: Point | Sequence[int] | Mapping[str, int]) -> Judged:
-        """Judge one candidate whole and take it for the best so far, whatever others have scored."""
-        point = tuple(self._channels.cost.vector(kept).tolist())
-        self._best = None
-        self._known[point] = self._judge(point)
-        return self._known[point]
+    def judge_one(self, kept: Kept, *, exact: bool = False) -> Judged:
+        """Judge one candidate against what was learned so far.
 
-    def _judge(self, point: Point) -> Judged:
+        Args:
+            kept: kept counts.
+            exact: judge it whole, whatever it is worth.
+
+        Raises:
+            InputError: counts that the network cannot keep.
+        """
+        point = self._point(kept)
+        self._sort()
+        self._recent.append(point)
+        self._aim(list(self._recent))
+        return self._judge(point, None if exact else self._best)
+
+    def learn(self, found: Mapping[Point, Judged], eligible: Callable[[Point], bool] = lambda point: True) -> None:
+        """Take in results, in their order, from here or elsewhere.
+
+        Args:
+            found: candidates and what is known about them; those that were learned before change nothing.
+            eligible: whether a candidate may be the best one (it keeps the budget).
+        """
+        for point, judged in found.items():
+            if point in self._known:
+                continue
+            self._known[point] = judged
+            self._first = self._first or point
+            if judged.lesson is not None:
+                self._doubt.learn(judged.lesson)
+            better = self._best is None or judged.value > self._known[self._best].value
+            if judged.complete and eligible(point) and better:
+                self._best = point
+
+    def _point(self, kept: Kept) -> Point:
+        return tuple(self._channels.cost.vector(kept).tolist())
+
+    def _sort(self) -> None:
+        """Put the samples that the first candidate is least sure of to the beginning."""
+        if self._sorted or self._first is None:
+            return
+        self._holdout.sort(self._answered(self._first)[:, 1])
+        self._sorted, self._early, self._reference = True, {}, None
+
+    def _answered(self, point: Point) -> Tensor:
+        """A candidate's values in the order in which the samples came; it is judged whole if they are not at hand."""
+        if point not in self._answers:
+            self._judge(point, None)
+        return self._answers[point]
+
+    def _judge(self, point: Point, rival: Point | None) -> Judged:
+        """Judge a candidate against another one, or alone."""
+        best = None if rival is None else self._holdout.present(self._answered(rival))[:, 0]
+        early = None if rival is None else self._early_values(rival)
         candidate, depth = self._candidate(point)
         self.work += 1 - self._layout.saved(depth)
-        best = None if self._best is None else self._best_values()
-        if self._stop is not None and best is not None and self._early_batches(candidate):
-            rival = self._early_values()
-            mine = self._looked_at_early(candidate, rival)
+        if early is not None and best is not None:
+            mine = self._looked_at_early(candidate, early)
             if mine is None:
-                return _given_up(candidate.seen, rival, best)
+                return given_up(candidate.seen, early, best, None)
             self._early[point] = mine
         candidate.calibrate(self._calibration, len(self._calibration))
         answers = self._values_of(candidate, best)
-        if answers is None:
-            return _given_up(candidate.seen, self._best_values(), self._best_values())
-        judged = Judged(float(answers[:, 0].double().mean()), True, len(answers))
+        if answers is None and best is not None:
+            return given_up(candidate.seen, best, best, lesson(candidate.seen, best))
+        if answers is None or not answers.numel():
+            raise DataError("holdout: no label >= 0 in the batches, so there is nothing to compare with.")
         self._answers[point] = self._holdout.arrived(answers)
-        if best is not None:
-            self._doubt.learn(answers[:, 0], best)
-        if self._best is None or judged.value > self._known[self._best].value:
-            self._best = point
-        return judged
+        learned = None if best is None else lesson(answers[:, 0], best)
+        return Judged(float(answers[:, 0].double().mean()), True, len(answers), learned)
 
     def _early_batches(self, candidate: Candidate) -> int:
         """Calibration batches before the first look; 0 where there is none."""
@@ -209,7 +229,10 @@ class FastObjective:
         share = 1.0 if self._stop is None else self._stop.looks
         found: list[Tensor] = []
         for number in range(_batches_for(self._holdout.batches, share * self._holdout.samples)):
-            found += [_two(v)[:, 0] for v in candidate.values(self._holdout.batches, number, number + 1, self._values)]
+            found += [
+                with_clearness(v)[:, 0]
+                for v in candidate.values(self._holdout.batches, number, number + 1, self._values)
+            ]
             mine = torch.cat(found)
             if self._stop is None or rival is None:
                 continue
@@ -218,14 +241,15 @@ class FastObjective:
                 return None
         return torch.cat(found)
 
-    def _early_values(self) -> Tensor:
-        """Of the best candidate on the smaller calibration."""
-        point = self._best
-        if point is None:
-            raise InputError("no candidate was judged yet.")
+    def _early_values(self, point: Point) -> Tensor | None:
+        """A candidate's values of the first samples on the smaller calibration; None where there is no such look."""
+        if self._stop is None:
+            return None
         if point not in self._early:
             candidate, depth = self._candidate(point)
-            self.work += (1 - self._layout.saved(depth)) * 0.25
+            if not self._early_batches(candidate):
+                return None
+            self.work += (1 - self._layout.saved(depth)) * self._stop.first
             found = self._looked_at_early(candidate, None)
             self._early[point] = torch.empty(0) if found is None else found
         return self._early[point]
@@ -235,22 +259,14 @@ class FastObjective:
         found: list[Tensor] = []
         batches = self._holdout.batches
         for number in range(len(batches)):
-            found += [_two(v) for v in candidate.values(batches, number, number + 1, self._values)]
+            found += [with_clearness(v) for v in candidate.values(batches, number, number + 1, self._values)]
             if self._stop is None or best is None or number + 1 == len(batches):
                 continue
             mine = torch.cat(found)[:, 0]
             if self._stop.hopeless(mine, best, self._doubt):
-                self._doubt.learn(mine, best)
                 candidate.seen = mine
                 return None
-        joined = torch.cat(found)
-        if not joined.numel():
-            raise DataError("holdout: no label >= 0 in the batches, so there is nothing to compare with.")
-        return joined
-
-    def _best_values(self) -> Tensor:
-        """Values of the best candidate, in the present order of the samples."""
-        return self._holdout.present(self._answers[self._best])[:, 0]  # type: ignore[index]
+        return torch.cat(found)
 
     def _candidate(self, point: Point) -> tuple[Candidate, int]:
         reference = self._reference
@@ -294,10 +310,6 @@ class FastObjective:
         candidate, depth = self._candidate(point)
         self.work += 1 - self._layout.saved(depth)
         now, batches = self._reference, self._holdout.batches
-        if now is None:
-            self._holdout.sort(self._answers[point][:, 1])
-            self._doubt, self._early = Doubt(), {}
-            batches = self._holdout.batches
         old = (None, None) if now is None else (now.calibration, now.held)
         calibration = keep_for(self._layout, depth, old[0], len(self._calibration))
         held = keep_for(self._layout, depth, old[1], len(batches))
@@ -315,7 +327,7 @@ class FastObjective:
         if reference is None or whole.where is not None:
             return
         batch = self._holdout.batches[0]
-        expected = torch.cat(whole.values([batch], 0, 1, _raw))
+        expected = torch.cat(whole.values([batch], 0, 1, all_outputs))
         wrong = set()
         for number, where in enumerate(self._layout.boundaries):
             try:
@@ -338,7 +350,7 @@ class FastObjective:
     def _from(self, whole: Candidate, where: Boundary, batch: Batch, kept: Mapping[Key, Any]) -> list[Tensor]:
         resumed = copy.copy(whole)
         resumed.where, resumed._held = where, [kept]
-        return resumed.values([batch], 0, 1, _raw)
+        return resumed.values([batch], 0, 1, all_outputs)
 
     def _held(self, batches: Iterable[Any], name: str) -> list[Batch]:
         device = device_of(self._model)
@@ -353,21 +365,6 @@ class FastObjective:
 
         args, kwargs = tree_map_only(Tensor, laid, (batch.args, dict(batch.kwargs)))
         return replace(batch, args=args, kwargs=kwargs, raw=None)
-
-
-def _given_up(seen: Tensor, rival: Tensor, best: Tensor) -> Judged:
-    """An estimate: the best value, less what was lost to it so far, as if nothing more were lost."""
-    lost = float((seen.double() - rival[: seen.numel()].double()).sum()) / best.numel()
-    return Judged(float(best.double().mean()) + min(lost, -1 / best.numel()), False, seen.numel())
-
-
-def _raw(outputs: Any, batch: Batch) -> Tensor:
-    return torch.cat([leaf.flatten().float() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)])
-
-
-def _two(values: Tensor) -> Tensor:
-    """Values with a column of clearness; unknown is 0."""
-    return values if values.ndim == 2 else torch.stack([values, torch.zeros_like(values)], 1)
 
 
 def _batches_for(batches: Sequence[Batch], samples: float) -> int:

@@ -61,6 +61,8 @@ def keeping(
 
         def note(module: nn.Module, args: Any, out: Any) -> None:
             key = (path, next(numbers))
+            if key in kept:  # of the run before, to which this one goes back
+                return
             if key in wanted:
                 kept[key] = tree_map_only(Tensor, torch.clone if key in fragile else torch.detach, out)
             elif key in shapes:

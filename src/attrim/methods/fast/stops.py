@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attrim.errors import InputError
 
-__all__ = ["Doubt", "Stop"]
+__all__ = ["Doubt", "Lesson", "Stop", "lesson"]
 
 _BINS = 32
 
@@ -58,6 +58,19 @@ class Stop:
         return lead + self.z * sqrt(luck) < 0
 
 
+Lesson = tuple[tuple[float, ...], tuple[int, ...]]
+"""For each part of the order: squared differences to the best candidate of the time, and over how many samples."""
+
+
+def lesson(mine: Tensor, best: Tensor) -> Lesson:
+    """What a comparison teaches: values of the first samples, and those of the best candidate of all samples."""
+    n, whole = mine.numel(), best.numel()
+    bins = torch.arange(n) * _BINS // whole
+    squares = (mine.double() - best[:n].double()).square().cpu()
+    sums = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, squares)
+    return tuple(sums.tolist()), tuple(torch.bincount(bins, minlength=_BINS).tolist())
+
+
 class Doubt:
     """Mean squared difference between candidates and the best ones of their time, by the place of the sample in the order."""
 
@@ -65,12 +78,10 @@ class Doubt:
         self._sum = torch.full((_BINS,), 0.5, dtype=torch.float64)
         self._count = torch.ones(_BINS, dtype=torch.float64)
 
-    def learn(self, mine: Tensor, best: Tensor) -> None:
-        """Take in a candidate: its values of the first samples, and those of the best one of all samples."""
-        n, whole = mine.numel(), best.numel()
-        bins = torch.arange(n) * _BINS // whole
-        self._sum.index_add_(0, bins, (mine.double() - best[:n].double()).square().cpu())
-        self._count += torch.bincount(bins, minlength=_BINS)
+    def learn(self, found: Lesson) -> None:
+        """Take in a comparison."""
+        self._sum += torch.tensor(found[0], dtype=torch.float64)
+        self._count += torch.tensor(found[1], dtype=torch.float64)
 
     def variance(self, n: int, whole: int) -> float:
         """Of the sum of differences over the samples from the ``n``-th on."""
