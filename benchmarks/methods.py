@@ -40,11 +40,12 @@ from cifar import INSIDE, Pair, first, open_cifar, say, trained
 PARTS = ("pcas", "globalpru", "dcpa")
 
 POLICIES: Mapping[str, Mapping[str, Any]] = {
+    # more parameters make a larger step of the policy at the same rate, so `free` gets twice the rate of the others
     "se": {"kind": "se"},
     "xattn": {"kind": "xattn"},
-    "free": {"kind": "free"},
+    "free": {"kind": "free", "policy_lr": 2.0},
     "se, width only": {"kind": "se", "drop": False},
-    "free, width only": {"kind": "free", "drop": False},
+    "free, width only": {"kind": "free", "drop": False, "policy_lr": 2.0},
     "uniform": {"kind": "uniform", "drop": False},
     "random": {"kind": "random", "drop": False},
 }
@@ -88,7 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="of training gates and of sparse training (default 3)")
     parser.add_argument("--warmup-epochs", type=int, default=3, help="of GlobalPru, before the vote (default 3)")
     parser.add_argument("--search-epochs", type=int, default=5, help="of the search of DCP-A (default 5)")
-    parser.add_argument("--policy-lr", type=float, default=0.03, help="of DCP-A, for a short search (default 0.03)")
+    parser.add_argument("--policy-lr", type=float, default=0.01, help="of DCP-A, for a short search (default 0.01)")
     parser.add_argument("--tune", type=int, default=2, help="epochs of fine-tuning behind the cut (default 2)")
     parser.add_argument("--test-images", type=int, default=2000, help="a prefix of the test split (default 2000)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -239,8 +240,7 @@ class Bench:
                     budget=attrim.Budget(macs=self.options.macs, frozen=INSIDE),
                     seed=seed,
                     epochs=self.options.search_epochs,
-                    policy_lr=self.options.policy_lr,
-                    **extra,
+                    **{**extra, "policy_lr": extra.get("policy_lr", 1.0) * self.options.policy_lr},
                 )
                 reports.setdefault(name, []).append(list(outcome.statistics["epochs"]))
                 macs = outcome.plan.provenance["macs_after"] / outcome.plan.provenance["macs_before"]
