@@ -88,6 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=5000, help="training rows (default 5000)")
     parser.add_argument("--epochs", type=int, default=3, help="of training gates and of sparse training (default 3)")
     parser.add_argument("--warmup-epochs", type=int, default=3, help="of GlobalPru, before the vote (default 3)")
+    parser.add_argument("--strength", type=float, default=5.0, help="of GlobalPru's ranking loss (default 5)")
     parser.add_argument("--search-epochs", type=int, default=5, help="of the search of DCP-A (default 5)")
     parser.add_argument("--policy-lr", type=float, default=0.01, help="of DCP-A, for a short search (default 0.01)")
     parser.add_argument("--tune", type=int, default=2, help="epochs of fine-tuning behind the cut (default 2)")
