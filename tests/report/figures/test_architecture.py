@@ -72,6 +72,15 @@ def test_dropped_blocks_are_hatched(residual):
     assert drop.groups[0] in picture.description
 
 
+def test_kept_counts_of_zero_are_priced_as_dropped_branches(residual):
+    drop = residual.branches[1]
+    plan = attrim.plan_from_kept(residual, {}, drops=[drop.id])
+    counts = {group: entry["kept"] for group, entry in plan.groups.items()}
+    assert [row.description for row in (architecture(residual, plan), architecture(residual, counts))] == [
+        architecture(residual, plan).description
+    ] * 2
+
+
 def test_stages_are_named_and_apart(residual):
     picture = architecture(residual, plan_of(residual))
     assert {"layer1", "layer2", "1.conv1"} <= set(texts(picture))
@@ -90,7 +99,9 @@ def test_several_plans_are_compared(residual):
     first, second = picture.figure.axes
     assert heights(first, "kept") == [g.size // 2 + 1 for g in residual]
     assert heights(second, "kept") == [3] * len(residual)
-    assert any(text.startswith("three each: ") for text in texts(picture))
+    (note,) = (text for text in texts(picture) if text.startswith("three each: "))
+    share = residual.cost.macs(kept) / residual.cost.macs()
+    assert f"{share:.1%} of the MACs" in note
     assert first.get_ylim() == second.get_ylim()
 
 

@@ -28,6 +28,19 @@ def test_policy_map_holds_the_probabilities():
     assert "layer1.1 drop" in picture.description
 
 
+def test_blocks_with_other_candidates_are_aligned_by_name():
+    rows = {"chain": {"50 %": 0.25, "100 %": 0.75}, "branch": {"drop": 0.5, "50 %": 0.5, "100 %": 0.0}}
+    picture = sound(lambda: policy_map({3: rows}))
+    drawn = picture.figure.axes[0].images[0].get_array()
+    assert drawn.filled(-1).tolist() == [[-1, 0.25, 0.75], [0.5, 0.5, 0.0]]
+    assert [tuple(p) for p in picture.figure.axes[0].collections[0].get_offsets()] == [(2, 0), (0, 1)]
+    assert policy_map({3: rows}, ["drop", "50 %", "100 %"]).svg == picture.svg
+    with pytest.raises(InputError, match="found no drop"):
+        policy_map({3: rows}, ["50 %", "100 %"])
+    with pytest.raises(InputError, match="found both"):
+        policy_map({3: {"a": [1.0], "b": {"drop": 1.0}}})
+
+
 def test_policy_map_of_one_block_and_of_many():
     sound(lambda: policy_map({"start": {"only": [1.0]}}))
     many = {f"block{i}": np.full(6, 1 / 6) for i in range(70)}

@@ -43,8 +43,8 @@ def test_histograms_that_cannot_be_drawn():
         attention_histograms({})
     with pytest.raises(InputError, match="bins: expected an int >= 1, found 0"):
         attention_histograms({"a": [1.0]}, bins=0)
-    with pytest.raises(InputError, match="at most 60"):
-        attention_histograms({str(i): [1.0] for i in range(61)})
+    with pytest.raises(InputError, match="at most 48"):
+        attention_histograms({str(i): [1.0] for i in range(49)})
 
 
 def test_rank_correlation_writes_its_numbers():
@@ -168,6 +168,12 @@ def test_spectra_are_sorted_and_logarithmic_where_they_must_be():
     assert [line.get_ydata().tolist() for line in left.lines] == [[1.0, 0.1, 0.001], [5.0, 0.5]]
     assert right.get_yscale() == "linear"
     assert right.lines[0].get_xydata().ravel().tolist() == pytest.approx([1 / 6, 1.0, 0.5, 0.5, 5 / 6, 0.2])
+
+
+def test_scores_next_to_nothing_do_not_stretch_the_axis():
+    picture = sound(lambda: score_spectra({"a": [1.0, 0.5, 1e-18, 0.0]}))
+    assert picture.figure.axes[0].get_ylim()[0] == 1e-6
+    assert "raw scores; below 1e-06: 50.0%" in texts(picture)
 
 
 def test_spectra_of_wide_layers_are_thinned_and_keep_their_ends():

@@ -149,7 +149,20 @@ def test_maps_and_their_change():
 
 
 def test_grey_images_and_empty_maps():
-    sound(lambda: attention_maps(np.ones((1, 4, 4)), np.zeros((1, 2, 2)), {"without all": np.zeros((1, 2, 2))}))
+    zeros = np.zeros((2, 2, 2))
+    picture = sound(lambda: attention_maps(np.ones((2, 4, 4)), zeros, {"without all": zeros}))
+    assert [axes.images[0].get_cmap().name for axes in picture.figure.axes] == ["gray", "inferno", "inferno"] * 2
+
+
+def test_large_images_are_averaged():
+    random = np.random.default_rng(0)
+    images, map_ = random.uniform(size=(5, 200, 224, 3)), random.uniform(size=(5, 14, 14))
+    picture = sound(lambda: attention_maps(images, map_, {"without all": map_}))
+    drawn = picture.figure.axes[0].images[0].get_array()
+    assert drawn.shape == (50, 56, 3)
+    block = images[0, :4, :4].mean((0, 1))
+    blocks = images[0].reshape(50, 4, 56, 4, 3).mean((1, 3))
+    assert drawn[0, 0].tolist() == pytest.approx(((block - blocks.min()) / np.ptp(blocks)).tolist())
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,9 @@ def correlation_by_data(
         if x.min() > 0 and x.max() / x.min() > 20:
             axes.set_xscale("log")
         percent(axes.xaxis)
+        if len(x) <= 10:
+            axes.set_xticks(x)
+            axes.minorticks_off()
         grid(axes)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(curves), 5))
         words = "; ".join(

@@ -103,7 +103,8 @@ def _read(channels: ChannelMap | None, plans: Any) -> tuple[dict[str, int], list
             if not 0 <= kept <= size:
                 raise InputError(f"{_what(name)}: group '{group}' keeps {kept} of its {size} channels.")
         counts = {group: found.get(group, (size, size))[1] for group, size in sizes.items()}
-        rows.append(_Row(str(name), _note(plan, sizes, counts), counts))
+        known = plan.provenance if isinstance(plan, PruningPlan) else _priced(channels, counts)
+        rows.append(_Row(str(name), _note(known, sizes, counts), counts))
     if not sizes:
         raise InputError("there is no group of channels to draw: the plan (or the channel map) has none.")
     return sizes, rows
@@ -135,9 +136,20 @@ def _what(name: str) -> str:
     return f"plan '{name}'" if name else "the plan"
 
 
-def _note(plan: Any, sizes: Mapping[str, int], kept: Mapping[str, int]) -> str:
+def _priced(channels: ChannelMap | None, kept: Mapping[str, int]) -> dict[str, Any]:
+    """What a plan would say of its costs; a branch is dropped where nothing of its groups is kept."""
+    if channels is None:
+        return {}
+    cost = channels.cost
+    dropped = [b.id for b in channels.branches if b.groups and not any(kept[group] for group in b.groups)]
+    return {
+        "macs_before": cost.macs(), "macs_after": cost.macs(kept, dropped), "dropped": dropped,
+        "params_before": cost.params(), "params_after": cost.params(kept, dropped),
+    }  # fmt: skip
+
+
+def _note(known: Mapping[str, Any], sizes: Mapping[str, int], kept: Mapping[str, int]) -> str:
     words = []
-    known = plan.provenance if isinstance(plan, PruningPlan) else {}
     for what, text in (("macs", "MACs"), ("params", "parameters")):
         before, after = known.get(f"{what}_before"), known.get(f"{what}_after")
         if before and after is not None:
@@ -164,8 +176,8 @@ def _draw(axes: Axes, row: _Row, sizes: Mapping[str, int], at: list[float], stag
     gone = kept == 0
     unit = full if share else np.ones_like(full)
     x = np.array(at)
-    axes.bar(x, full / unit, 0.82, color=LOST, label="full")
-    axes.bar(x, kept / unit, 0.82, color=KEPT, label="kept")
+    axes.bar(x, full / unit, 0.82, color=LOST, label="full", clip_on=False)
+    axes.bar(x, kept / unit, 0.82, color=KEPT, label="kept", clip_on=False)
     axes.bar(x[gone], (full / unit)[gone], 0.82, facecolor="white", edgecolor=CUT, hatch="////", label="dropped")
     top = float((full / unit).max())
     if len(at) <= _MOST_NUMBERS:

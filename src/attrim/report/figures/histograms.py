@@ -15,7 +15,7 @@ from attrim.report.figures.stages import short_names
 
 __all__ = ["attention_histograms"]
 
-_ACROSS, _MOST = 5, 60
+_ACROSS, _MOST = 5, 48
 
 
 def attention_histograms(
@@ -34,7 +34,7 @@ def attention_histograms(
         title: heading.
 
     Raises:
-        InputError: no layers or more than 60, a layer without channels, numbers that are not finite, or ``bins`` < 1.
+        InputError: no layers or more than 48, a layer without channels, numbers that are not finite, or ``bins`` < 1.
 
     Example:
         >>> attention_histograms({g: v for g, v in scores.values.items()}, threshold=0.9).save("attention.svg")

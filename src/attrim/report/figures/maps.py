@@ -13,7 +13,7 @@ from attrim.report.figures.check import FloatArray, filled, numbers
 
 __all__ = ["attention_maps", "map_change"]
 
-_MOST_IMAGES = 8
+_MOST_IMAGES, _MOST_PIXELS = 8, 96
 
 
 def attention_maps(
@@ -52,15 +52,20 @@ def attention_maps(
         raise InputError(f"whole: expected {len(pictures)} maps, one for each image; found {len(full)}.")
     columns = {str(name): _maps(f"'{name}'", m, full.shape) for name, m in filled("without", without).items()}
     changes = {name: map_change(full, found) for name, found in columns.items()}
+    pixels = _MOST_PIXELS if len(pictures) <= 4 else _MOST_PIXELS * 2 // 3
     side = (WIDTH - 0.2) / (2 + len(columns))
     with styled():
         figure = new_figure(len(pictures) * (side + 0.08) + 0.85)
         panels = figure.subplots(len(pictures), 2 + len(columns), squeeze=False)
         for row, line in enumerate(panels):
-            _show(line[0], _stretch(pictures[row]), "image" if not row else "")
-            _show(line[1], full[row], "all channels" if not row else "")
+            _show(line[0], _stretch(_smaller(pictures[row], pixels)), "image" if not row else "", "gray")
+            _show(line[1], _smaller(full[row], pixels), "all channels" if not row else "")
             for axes, (name, found) in zip(line[2:], columns.items(), strict=True):
-                _show(axes, found[row], f"{name}\nmean change {changes[name].mean():.2f}" if not row else "")
+                _show(
+                    axes,
+                    _smaller(found[row], pixels),
+                    f"{name}\nmean change {changes[name].mean():.2f}" if not row else "",
+                )
                 axes.set_xlabel(f"{changes[name][row]:.2f}", fontsize=SMALL, labelpad=2)
         words = ", ".join(f"{name} {change.mean():.2f}" for name, change in changes.items())
         return finish(figure, title, f"Attention maps of {len(pictures)} images; mean change of the map: {words}.")
@@ -91,15 +96,26 @@ def _maps(what: str, values: Any, shape: tuple[int, ...] | None) -> FloatArray:
     return maps
 
 
+def _smaller(image: FloatArray, side: int) -> FloatArray:
+    """Means of square blocks, so that no side has more pixels than can be seen (and the file stays small)."""
+    k = -(-max(image.shape[:2]) // side)
+    if k == 1:
+        return image
+    rows, columns = (np.arange(0, n, k) for n in image.shape[:2])
+    sums = np.add.reduceat(np.add.reduceat(image, rows, axis=0), columns, axis=1)
+    count = np.diff([*rows, image.shape[0]])[:, None] * np.diff([*columns, image.shape[1]])[None]
+    return np.asarray(sums / (count if image.ndim == 2 else count[..., None]), dtype=np.float64)
+
+
 def _stretch(image: FloatArray) -> FloatArray:
     low, high = image.min(), image.max()
     return np.asarray((image - low) / (high - low if high > low else 1.0), dtype=np.float64)
 
 
-def _show(axes: Any, values: FloatArray, title: str) -> None:
+def _show(axes: Any, values: FloatArray, title: str, colours: str = "inferno") -> None:
     """An image, or a map on its own scale: only the pattern counts."""
     top = float(values.max()) or 1.0
-    axes.imshow(values, cmap="gray" if title == "image" else "inferno", vmin=0, vmax=top, interpolation="nearest")
+    axes.imshow(values, cmap=colours, vmin=0, vmax=top, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -21,7 +21,7 @@ _COLUMNS = 120
 
 
 def policy_map(
-    moments: Mapping[Any, Mapping[str, Sequence[float]]],
+    moments: Mapping[Any, Mapping[str, Sequence[float] | Mapping[str, float]]],
     candidates: Sequence[str] | None = None,
     *,
     title: str = "Probability of each width",
@@ -30,8 +30,10 @@ def policy_map(
 
     Args:
         moments: epoch (or any name) -> block -> probabilities of its candidates, in [0, 1]; the same blocks each time.
-            A block may have fewer candidates than others; the rest of its row is grey.
-        candidates: their names, such as ``["drop", "25 %", "50 %", "100 %"]``; by default their numbers from 1 on.
+            Either in order, or name of the candidate -> probability, where not all blocks have the same ones; what a
+            block does not have is grey.
+        candidates: names of all candidates in order, such as ``["drop", "25 %", "50 %", "100 %"]``; by default as the blocks
+            name them, else their numbers from 1 on.
         title: heading.
 
     Raises:
@@ -42,6 +44,8 @@ def policy_map(
     """
     moments = filled("moments", moments)
     blocks = list(filled("the first moment", next(iter(moments.values()))))
+    if any(isinstance(row, Mapping) for rows in moments.values() for row in rows.values()):
+        moments, candidates = _in_order(moments, candidates)
     tables = [_table(str(name), rows, blocks) for name, rows in moments.items()]
     most = max(table.shape[1] for table in tables)
     tables = [np.pad(table, ((0, 0), (0, most - table.shape[1])), constant_values=np.nan) for table in tables]
@@ -69,11 +73,29 @@ def policy_map(
         return finish(figure, title, _policy_words(moments, tables, blocks, labels))
 
 
+def _in_order(
+    moments: Mapping[Any, Mapping[str, Any]], candidates: Sequence[str] | None
+) -> tuple[dict[Any, dict[str, Any]], list[str]]:
+    """Rows as lists in the order of the candidates, NaN for what a block does not have."""
+    rows = [row for found in moments.values() for row in found.values()]
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise InputError("moments: expected all blocks as lists, or all as candidate -> probability; found both.")
+    order = list(candidates or dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    odd = {name for row in rows for name in row} - set(order)
+    if odd:
+        raise InputError(f"candidates: expected all that the blocks name, found no {', '.join(sorted(odd))}.")
+    values = {
+        moment: {block: [row.get(name, np.nan) for name in order] for block, row in found.items()}
+        for moment, found in moments.items()
+    }
+    return values, order
+
+
 def _table(moment: str, rows: Mapping[str, Any], blocks: list[str]) -> FloatArray:
     if list(rows) != blocks:
         raise InputError(f"moment '{moment}': expected the blocks {blocks[:3]}…, found {list(rows)[:3]}….")
-    values = [numbers(f"moment '{moment}', block '{block}'", row) for block, row in rows.items()]
-    if any((v < -1e-6).any() or (v > 1 + 1e-6).any() for v in values):
+    values = [numbers(f"moment '{moment}', block '{block}'", row, finite=False) for block, row in rows.items()]
+    if any(np.isnan(v).all() or (v < -1e-6).any() or (v > 1 + 1e-6).any() for v in values):
         raise InputError(f"moment '{moment}': expected probabilities in [0, 1].")
     table = np.full((len(values), max(map(len, values))), np.nan)
     for row, value in zip(table, values, strict=True):

@@ -16,6 +16,8 @@ from attrim.report.figures.stages import short_names
 
 __all__ = ["score_spectra"]
 
+_SPAN = 1e6
+
 _POINTS = 100
 """Of a layer with more channels every second, third … is drawn, the first and the last always."""
 
@@ -29,8 +31,8 @@ def score_spectra(
     """A line for each layer, channels from the highest score to the lowest; the raw scores, and beside them the scaled ones.
 
     Args:
-        raw: layer -> one score for each channel. Drawn on a logarithmic axis where they span more than two decades;
-            channels that score 0 are then left out.
+        raw: layer -> one score for each channel. Drawn on a logarithmic axis where they span more than two decades, down to
+            a millionth of the highest; the title says how many score less.
         scaled: the same layers after the normalisation that makes them comparable.
         title: heading.
 
@@ -56,9 +58,14 @@ def score_spectra(
             for colour, row in zip(shades(len(layers)), layers.values(), strict=True):
                 x, y = _spectrum(row, logarithmic)
                 axes.plot(x, y, color=colour, linewidth=1.2, marker="o" if len(y) == 1 else "", markersize=3)
+            note = ""
             if logarithmic:
                 axes.set_yscale("log")
-            axes.set_title(f"{what} scores")
+                floor = float(positive.max()) / _SPAN
+                if positive.min() < floor:
+                    axes.set_ylim(bottom=floor)
+                    note = f"; below {floor:.0e}: {np.mean([v < floor for r in layers.values() for v in r]):.1%}"
+            axes.set_title(f"{what} scores{note}")
             axes.set_xlabel("channels, the best first")
             percent(axes.xaxis)
             grid(axes)
