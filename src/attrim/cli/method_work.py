@@ -65,7 +65,7 @@ def plain_batches(images: ImageData | None) -> Any:
 def _logger(run: Run) -> Any:
     def log(report: Mapping[str, Any]) -> None:
         run.log("gate training", **{f"train_{k}" if k == "accuracy" else k: v for k, v in report.items()})
-        loss = f"loss {report['loss']:.4f}" if "loss" in report else ""
-        note(f"   epoch {report.get('epoch', '?')} of the method's own training: {loss}")
+        figures = [f"{name} {report[name]:.4f}" for name in ("loss", "tau", "overlap") if name in report]
+        note(f"   epoch {report.get('epoch', '?')} of the method's own training: {', '.join(figures)}")
 
     return log

@@ -345,6 +345,10 @@ def test_history_reads_entries_and_refuses_what_is_none() -> None:
         ({"warmup_epochs": 0}, InputError, "warmup_epochs: expected an int >= 1"),
         ({"revote_every": 2}, InputError, "at most 1, found 2"),
         ({"temperature": 0.0}, InputError, "temperature: expected"),
+        ({"samples": 0}, InputError, "samples: expected an int >= 1"),
+        ({"lr": -0.1}, InputError, r"lr: expected a number > 0, found -0\.1"),
+        ({"warmup_lr": "fast"}, InputError, "warmup_lr: expected a number > 0, found 'fast'"),
+        ({"optimizer": "lion"}, InputError, "optimizer: expected 'sgd' or 'adamw'"),
         ({"tap": "behind"}, InputError, "point: expected one of"),
     ],
 )

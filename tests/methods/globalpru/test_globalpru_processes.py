@@ -85,9 +85,13 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
-    for process in running:
-        _, err = process.communicate(timeout=110)
-        assert process.returncode == 0, err.decode()
+    try:
+        for process in running:
+            _, err = process.communicate(timeout=110)
+            assert process.returncode == 0, err.decode()
+    finally:
+        for process in running:  # one that waits for another that failed
+            process.kill()
     for rank in range(2):
         theirs = json.loads((tmp_path / f"{rank}.json").read_text())
         assert theirs["orders"] == said["orders"]

@@ -139,7 +139,11 @@ def test_unanimous_samples_get_their_order_from_every_ballot() -> None:
 
 def test_scores_that_are_all_equal_leave_the_order_of_the_index() -> None:
     for ballot in ("pairwise", "position", "topk", "borda", "mean"):
-        assert counted(ballot, torch.zeros(5, 6)).order().tolist() == list(range(6))
+        votes = counted(ballot, torch.zeros(5, 6))
+        assert votes.order().tolist() == list(range(6))
+        assert int(votes.spoken) == 0
+    votes.add(torch.tensor([[0.0, 0, 0, 0, 0, 1], [2.0, 2, 2, 2, 2, 2]]))
+    assert int(votes.spoken) == 1
 
 
 def test_mean_takes_the_attention_where_there_is_one() -> None:
@@ -199,14 +203,15 @@ def test_votes_add_up_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for ballot in BALLOTS:
         mine, other, whole = counted(ballot, s[:20]), counted(ballot, s[20:]), counted(ballot, s)
 
-        def summed(ranks: Tensor, table: Tensor, samples: Tensor, other: Votes = other) -> None:
+        def summed(ranks: Tensor, table: Tensor, samples: Tensor, spoken: Tensor, other: Votes = other) -> None:
             ranks += other.ranks
             table += other.table
             samples += other.samples
+            spoken += other.spoken
 
         monkeypatch.setattr("attrim.methods.globalpru.vote.all_sum", summed)
         mine.sum_over_processes()
-        assert mine.samples == 61
+        assert mine.samples == int(mine.spoken) == 61
         assert torch.allclose(mine.table, whole.table, rtol=1e-15)
         assert torch.equal(mine.order(), whole.order())
 
@@ -251,9 +256,13 @@ def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
-    for process in running:
-        _, err = process.communicate(timeout=110)
-        assert process.returncode == 0, err.decode()
+    try:
+        for process in running:
+            _, err = process.communicate(timeout=110)
+            assert process.returncode == 0, err.decode()
+    finally:
+        for process in running:  # one that waits for another that failed
+            process.kill()
     s = scores(61, levels=6)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -112,7 +112,7 @@ def _own(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _warn_of_draws(votes: Mapping[str, Votes]) -> None:
-    silent = [g for g, v in votes.items() if v.ballot != "random" and v.size > 1 and _index_only(v)]
+    silent = [g for g, v in votes.items() if v.ballot != "random" and v.size > 1 and not bool(v.spoken)]
     if silent:
         warnings.warn(
             f"every sample scores all channels of {', '.join(map(repr, silent[:3]))} alike, so their order is that of the "
@@ -120,11 +120,6 @@ def _warn_of_draws(votes: Mapping[str, Votes]) -> None:
             AttrimWarning,
             stacklevel=4,
         )
-
-
-def _index_only(votes: Votes) -> bool:
-    counted = torch.arange(votes.size, dtype=torch.float64, device=votes.ranks.device) * votes.samples
-    return bool(torch.equal(votes.ranks, counted)) and (votes.ballot != "pairwise" or not bool(votes.table.any()))
 
 
 def _tensors(outcome: Outcome, tables: bool) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from attrim.methods.globalpru.losses import Form, Ranking
 from attrim.methods.globalpru.scores import Alloc, Ranked, Reader
 from attrim.methods.globalpru.vote import Ballot
 from attrim.modules.gates.places import Point, Policy
-from attrim.recover.recipe import Optimizer
+from attrim.recover.recipe import Optimizer, Recipe
 
 __all__ = ["Attention", "End", "GlobalPruOptions"]
 
@@ -144,6 +144,15 @@ class GlobalPruOptions:
                 f"revote_every: votes are held in the first half of the {self.epochs} epochs of sparse training, so expected at "
                 f"most {self.epochs // 2}, found {self.revote_every}."
             )
+        if self.samples is not None and (
+            isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1
+        ):
+            raise InputError(f"samples: expected an int >= 1, or None for all, found {self.samples!r}.")
+        for name in ("warmup_lr", "lr"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise InputError(f"{name}: expected a number > 0, found {value!r}.")
+        Recipe(epochs=1, lr=self.lr, **self.training).check(None)
         for name, most in (("strength", float("inf")), ("sparsity", float("inf")), ("ramp", 1.0)):
             value = getattr(self, name)
             if value is None and name == "strength":

@@ -45,6 +45,7 @@ class Votes:
 
     Attributes:
         samples: ballots so far; several places of a group vote each for itself.
+        spoken: 0-dim: how many of them tell any channels apart.
         ranks: ``(C,)`` float64: sum of the ranks, from 0 for the most important.
         table: float64: ``(C, C)`` for ``pairwise`` and ``position``, ``(C,)`` for ``topk`` and ``mean``, else empty.
 
@@ -67,6 +68,7 @@ class Votes:
     kept: int = 1
     seed: int = 0
     samples: float = 0.0
+    spoken: Tensor = field(init=False)
     ranks: Tensor = field(init=False)
     table: Tensor = field(init=False)
 
@@ -76,6 +78,7 @@ class Votes:
         shape = {"pairwise": (self.size, self.size), "position": (self.size, self.size)}.get(
             self.ballot, (self.size if self.ballot in ("topk", "mean") else 0,)
         )
+        self.spoken = torch.zeros((), dtype=torch.float64)
         self.ranks = torch.zeros(self.size, dtype=torch.float64)
         self.table = torch.zeros(shape, dtype=torch.float64)
 
@@ -89,6 +92,7 @@ class Votes:
         """
         scores = scores.detach()
         self.ranks, self.table = self.ranks.to(scores.device), self.table.to(scores.device)
+        self.spoken = self.spoken.to(scores.device) + (scores.amax(1) > scores.amin(1)).sum()
         ranked = scores.argsort(dim=1, descending=True, stable=True)
         places = torch.arange(self.size, device=scores.device).expand_as(ranked)
         rank = torch.empty_like(ranked).scatter_(1, ranked, places)
@@ -113,7 +117,7 @@ class Votes:
     def sum_over_processes(self) -> None:
         """Add up what all processes have counted; each has to call it."""
         samples = torch.tensor([self.samples], dtype=torch.float64, device=self.ranks.device)
-        all_sum(self.ranks, self.table, samples)
+        all_sum(self.ranks, self.table, samples, self.spoken)
         self.samples = float(samples)
 
     def order(self, alive: Tensor | None = None) -> Tensor:
