@@ -121,7 +121,7 @@ def test_known_values_play_a_search_again(space, concave) -> None:
 def test_a_small_space_ends_early(plain) -> None:
     space = Space.of(plain, random_scores(plain), Budget(macs=0.5))
     for name in ("neighbourhood", "random", "bee", "evolution"):
-        found = run(name, space, lambda kept: float(kept[0]), evaluations=10_000)
+        found = run(name, space, lambda kept: float(kept[0]), evaluations=2_000)
         assert 1 < len(found.trials) < 100
 
 

@@ -9,6 +9,7 @@ from attrim.core.scores import Scores
 from attrim.search.neighbourhood import neighbourhood
 from attrim.search.population import bee, evolution, random_search
 from attrim.search.protocol import Proposals, Search, Start
+from attrim.search.sampled import cmaes, nsga2, tpe
 from attrim.search.space import Space
 from attrim.search.starts import sensitivity, threshold, uniform
 
@@ -28,6 +29,9 @@ SEARCHES: Mapping[str, Search] = MappingProxyType(
         "random": random_search,
         "bee": bee,
         "evolution": evolution,
+        "tpe": tpe,
+        "cmaes": cmaes,
+        "nsga2": nsga2,
     }
 )
 """Name -> search. Not a registry: any function of the form of :class:`attrim.search.protocol.Search` does as well."""
