@@ -10,7 +10,7 @@ import numpy as np
 from attrim.errors import InputError
 from attrim.report.figures.canvas import COLOURS, INK, MARKERS, SMALL, Picture, finish, new_figure, shades, styled
 from attrim.report.figures.check import FloatArray, filled, numbers, same_length
-from attrim.report.figures.marks import band, grid, heat, label_rows, percent, thin
+from attrim.report.figures.marks import band, grid, heat, label_rows, percent, thin, whole_numbers
 from attrim.report.figures.stages import short_names
 
 __all__ = ["agreement_by_epoch", "correlation_by_data", "depth_bar", "rank_correlation", "square"]
@@ -165,12 +165,13 @@ def agreement_by_epoch(
             axes.plot(x, mean, color="#000000", linewidth=2.2, marker="o" if len(x) < 4 else "", label="mean")
             rose = sum(bool(c[-1] > c[0]) for c in curves.values())
             words.append(f"{what}: mean {mean[0]:.2f} to {mean[-1]:.2f}, rose in {rose} of {len(curves)} groups")
-            axes.set_title(what)
+            axes.set_title(f"{what}; black: the mean")
             grid(axes)
             if named:
                 axes.set_xticks(x, [str(epoch) for epoch in epochs], rotation=30, ha="right", rotation_mode="anchor")
             else:
                 axes.set_xlabel("epoch")
+                whole_numbers(axes.xaxis)
         depth_bar(figure, names)
         return finish(figure, title, "; ".join(words) + ".")
 

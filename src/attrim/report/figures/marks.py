@@ -13,7 +13,7 @@ from attrim.report.figures.check import FloatArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["band", "grid", "heat", "label_rows", "percent", "thin"]
+__all__ = ["band", "grid", "heat", "label_rows", "percent", "thin", "whole_numbers"]
 
 
 def heat(axes: Axes, values: FloatArray, *, low: float, high: float, colours: str = "cividis") -> Any:
@@ -51,6 +51,13 @@ def percent(axis: Any, digits: int = 0) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %"))
+
+
+def whole_numbers(axis: Any) -> None:
+    """Ticks of epochs and counts."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
 def grid(axes: Axes) -> None:

@@ -11,7 +11,7 @@ from attrim.errors import InputError
 from attrim.report.figures.agreement import square
 from attrim.report.figures.canvas import COLOURS, SMALL, Picture, finish, new_figure, styled
 from attrim.report.figures.check import FloatArray, filled, numbers, same_length
-from attrim.report.figures.marks import grid, heat, label_rows, percent, thin
+from attrim.report.figures.marks import grid, heat, label_rows, percent, thin, whole_numbers
 from attrim.report.figures.stages import short_names
 
 __all__ = ["attention_between_layers", "layer_attention", "policy_costs", "policy_map"]
@@ -54,7 +54,7 @@ def policy_map(
     names, _ = short_names(blocks, [""] * len(blocks))
     rows, across = -(-len(tables) // _ACROSS), min(len(tables), _ACROSS)
     with styled():
-        figure = new_figure(rows * (0.55 + 0.04 * max(map(len, labels)) + max(0.155 * min(len(blocks), 60), 0.9)) + 0.5)
+        figure = new_figure(rows * (0.55 + 0.04 * max(map(len, labels)) + max(0.155 * min(len(blocks), 60), 0.9)) + 0.7)
         panels = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel()
         for axes in panels[len(tables) :]:
             axes.set_visible(False)
@@ -70,6 +70,9 @@ def policy_map(
             axes.tick_params(labelbottom=True)
             label_rows(axes, names)
         figure.colorbar(image, ax=list(panels[: len(tables)]), label="probability", aspect=30, shrink=0.9)
+        figure.supxlabel(
+            "candidate width, the narrowest first" if candidates is None else "candidate width", fontsize=9
+        )
         return finish(figure, title, _policy_words(moments, tables, blocks, labels))
 
 
@@ -149,7 +152,8 @@ def policy_costs(
         axes.axhline(target, color="#000000", linewidth=1.0, linestyle=":", label=f"target, {target:.0%}")
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"share of the {resource}")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(float(target), *(float(curve.max()) for curve in curves.values())))
+        whole_numbers(axes.xaxis)
         percent(axes.yaxis)
         grid(axes)
         handles = axes.get_legend_handles_labels()[0]
