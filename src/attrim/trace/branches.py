@@ -78,14 +78,13 @@ def find_branches(analysis: Analysis) -> tuple[list[Found], dict[str, tuple[str,
 
 
 def _try(analysis: Analysis, graph: Graph, regions: Sequence[Region], removals: dict[int, StandIns]) -> list[Reason]:
-    """Take out of ``removals`` what the network does not run without; branches inside others in runs of their own."""
-    depth = {
-        r.total: sum(r.total in outer.ops for outer in regions if outer.total in removals)
-        for r in regions if r.total in removals
-    }  # fmt: skip
+    """Take out of ``removals`` what the network does not run without: the outermost branches in one run, the innermost in
+    another. What lies between them is left to the proof of a plan."""
+    there = [region for region in regions if region.total in removals]
+    outer = [r.total for r in there if not any(r.total in other.ops for other in there)]
+    inner = [r.total for r in there if r.total not in outer and not any(other.total in r.ops for other in there)]
     reasons = []
-    for level in sorted(set(depth.values())):
-        totals = [total for total in removals if depth[total] == level]
+    for totals in (outer, inner):
         for i, why in tried(analysis, [removals[total].replacements for total in totals]).items():
             reasons.append(reason_of(graph, totals[i], f"cannot be removed: {why}"))
             del removals[totals[i]]
@@ -192,7 +191,8 @@ def _gate(graph: Graph, region: Region) -> str:
             return max(ends, key=lambda call: call.last - call.first).path or ""
         op = graph.ops[graph.nodes[node].op]
         live = [n for n in op.reads if graph.nodes[n].live]
-        if op.name not in _LINEAR or len(live) != 1 or live[0] != op.reads[0] or len(graph.nodes[live[0]].readers) != 1:
+        scaled = op.name in _LINEAR and len(live) == 1 and (op.name == "mul" or live[0] == op.reads[0])
+        if not scaled or len(graph.nodes[live[0]].readers) != 1:
             return ""
         node = live[0]
     return ""
