@@ -181,6 +181,8 @@ def test_plans_compose(model: nn.Module, x: Tensor) -> None:
     both = first.then(second)
     joined = attrim.apply(model, both)
     assert both.drops == (*first.drops, "layers.1")
+    assert both.provenance["dropped"] == ["layers.2", "layers.1"]
+    assert "dropped  layers.2, layers.1" in both.summary()
     assert both.cuts["layers.2.conv1.zeros"].keep == {0: (1, 3, 5, 7)}
     assert not any(name.startswith("layers.1.") for name in both.cuts)
     assert torch.equal(run(joined, x), run(twice, x))

@@ -198,12 +198,14 @@ class PruningPlan:
         )
 
     def summary(self) -> str:
-        """A few lines for people: costs before and after, and each group's width."""
+        """A few lines for people: costs before and after, the branches that are dropped, and each group's width."""
         lines = []
         for what in ("macs", "params", "channels"):
             before, after = (self.provenance.get(f"{what}_{when}") for when in ("before", "after"))
             if before and after is not None:
                 lines.append(f"{what:<9}{before:>15,} -> {after:>15,}  ({100 * after / before:.1f} % kept)")
+        dropped = self.provenance.get("dropped", self.drops)
+        lines += [f"dropped  {', '.join(dropped)}"] if dropped else []
         lines += [
             f"  {name}: {g['size']} -> {g['kept']}"
             for name, g in self.groups.items()
@@ -223,7 +225,9 @@ def _compose_groups(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
 
 def _compose_provenance(first: PruningPlan, second: PruningPlan) -> dict[str, Any]:
     before = {k: v for k, v in first.provenance.items() if k.endswith("_before")}
-    return {**second.provenance, **before, "steps": [*_steps(first), *_steps(second)]}
+    dropped = [name for plan in (first, second) for name in plan.provenance.get("dropped", ())]
+    gone = {"dropped": list(dict.fromkeys(dropped))} if dropped else {}
+    return {**second.provenance, **before, **gone, "steps": [*_steps(first), *_steps(second)]}
 
 
 def _steps(plan: PruningPlan) -> list[Any]:
