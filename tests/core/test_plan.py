@@ -291,6 +291,7 @@ def test_then_refuses_a_plan_for_another_network(plan: PruningPlan) -> None:
 def test_summary(plan: PruningPlan) -> None:
     assert plan.summary().splitlines() == [
         "macs               1,000 ->             400  (40.0 % kept)",
+        "dropped  layer3.1",
         "  conv: 4 -> 2",
     ]
     assert PruningPlan("f0", {"w": Cut((4,), {0: (1,)})}).summary() == "1 tensors cut"
