@@ -217,7 +217,8 @@ class Bench:
                     warmup_epochs=self.options.warmup_epochs,
                     warmup_lr=0.05,
                     epochs=self.options.epochs,
-                    **extra,
+                    lr=0.05,
+                    **{"strength": self.options.strength, **extra},
                 )
                 diary = list(outcome.statistics["epochs"])
                 diaries.setdefault(name, []).append(diary)
