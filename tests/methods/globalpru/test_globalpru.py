@@ -224,7 +224,7 @@ def test_networks_of_every_kind(network: Any, data: Any, options: dict[str, Any]
 
 
 class Unfoldable(nn.Module):
-    """A gate of ``one`` cannot be folded: behind it stands a GELU, and its channels are added to a constant."""
+    """A gate of ``one`` hangs behind a sigmoid, and a constant is added to what it gives: nothing to fold it into."""
 
     def __init__(self) -> None:
         super().__init__()
