@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOW = {
     "trace",
     "score",
+    "search",
     "allocate",
     "apply",
     "verify",
@@ -29,7 +30,7 @@ FLOW = {
 }
 NOUNS = {
     "Axis", "Branch", "Budget", "ChannelGroup", "ChannelMap", "CostModel", "Member", "PinnedAxis", "PruneResult", "PruningPlan",
-    "Scores", "Tap", "Verification",
+    "Scores", "SearchResult", "Tap", "Verification",
 }  # fmt: skip
 ERRORS = {"AttrimError", "AttrimWarning"}
 ROOMS = {"errors", "recover"}

@@ -14,6 +14,7 @@ from attrim.errors import AttrimError, AttrimWarning
 from attrim.methods.pipeline import PruneResult, prune
 from attrim.methods.rounds import prune_rounds
 from attrim.methods.scoring import score
+from attrim.methods.search import SearchResult, search
 from attrim.modules.repair import REPAIRS
 from attrim.search.allocate import allocate
 from attrim.search.decide import plan_from_kept
@@ -40,6 +41,7 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "Scores",
+    "SearchResult",
     "Tap",
     "Verification",
     "__version__",
@@ -54,6 +56,7 @@ __all__ = [
     "recover",
     "save",
     "score",
+    "search",
     "trace",
     "verify",
 ]

@@ -77,20 +77,20 @@ def states(where) -> Counter:
 def test_a_shared_search_finds_what_one_alone_finds(tmp_path, space, algorithm) -> None:
     where = str(tmp_path / "t.journal")
     expected = alone(space, algorithm=algorithm)
-    assert play(where, space, lambda kept: (worth(space, kept), True), algorithm=algorithm) == expected
+    assert play(where, space, lambda kept: (worth(space, kept), {}), algorithm=algorithm) == expected
     never = play(where, space, lambda kept: pytest.fail("evaluated twice"), algorithm=algorithm)
     assert never == expected
 
 
 def test_trials_are_readable_with_optuna_alone(where, space) -> None:
-    found = play(where, space, lambda kept: (worth(space, kept), True), evaluations=12)
+    found = play(where, space, lambda kept: (worth(space, kept), {"colour": "red"}), evaluations=12)
     study = study_of(where)
     assert states(where) == {"COMPLETE": 12}
     assert study.best_value == found.value
     names = [space.cost.groups[g] for g in space.free]
     assert study.best_params == {name: found.best[g] for name, g in zip(names, space.free, strict=True)}
     assert study.best_trial.user_attrs["kept"] == ",".join(map(str, found.best))
-    assert study.best_trial.user_attrs["judged"]["complete"] is True
+    assert study.best_trial.user_attrs["judged"]["colour"] == "red"
     assert study.best_trial.user_attrs["judged"]["seconds"] >= 0
     assert study.best_trial.user_attrs["worker"]["pid"] == os.getpid()
 
@@ -102,17 +102,17 @@ def test_an_interrupted_search_goes_on_where_it_was(where, space) -> None:
         if len(done) == 14:
             raise KeyboardInterrupt
         done.append(kept)
-        return worth(space, kept), True
+        return worth(space, kept), {}
 
     with pytest.raises(KeyboardInterrupt):
         play(where, space, until)
     assert states(where) == {"COMPLETE": 14, "FAIL": 1}
     rest = []
-    found = play(where, space, lambda kept: (rest.append(kept), (worth(space, kept), True))[1])
+    found = play(where, space, lambda kept: (rest.append(kept), (worth(space, kept), {}))[1])
     assert found == alone(space)
     assert len(rest) == 25 - 14
     assert not set(rest) & set(done)
-    longer = play(where, space, lambda kept: (worth(space, kept), True), evaluations=30)
+    longer = play(where, space, lambda kept: (worth(space, kept), {}), evaluations=30)
     assert longer == alone(space, evaluations=30)
 
 
@@ -122,7 +122,7 @@ def test_two_threads_share_the_work_and_evaluate_nothing_twice(where, space) -> 
     def value(kept):
         done.append((kept, threading.get_ident()))
         time.sleep(0.01)
-        return worth(space, kept), True
+        return worth(space, kept), {}
 
     threads = [threading.Thread(target=lambda: found.append(play(where, space, value))) for _ in range(2)]
     for thread in threads:
@@ -139,7 +139,7 @@ def _slow_worker(where, space, log: str, seconds: float) -> None:
         with Path(log).open("a") as file:
             file.write(json.dumps(kept) + "\n")
         time.sleep(seconds)
-        return worth(space, kept), True
+        return worth(space, kept), {}
 
     play(where, space, value)
 
@@ -156,7 +156,7 @@ def test_a_killed_process_is_noticed_at_once_and_its_candidate_taken_up(where, s
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)  # a dead child that nobody has asked after is dead as well
     begin = time.monotonic()
-    found = play(where, space, lambda kept: (worth(space, kept), True))
+    found = play(where, space, lambda kept: (worth(space, kept), {}))
     assert time.monotonic() - begin < 10
     assert found == alone(space)
     assert states(where) == {"COMPLETE": 25, "FAIL": 1}
@@ -172,10 +172,10 @@ def test_a_process_that_fell_silent_elsewhere_is_given_up_after_a_while(where, s
         first = next(SEARCHES["uniform"](space, uniform, 0))[0]
         claim = there.claim(first)
     begin = time.monotonic()
-    found = play(where, space, lambda kept: (worth(space, kept), True), algorithm="uniform", grace=0.5)
+    found = play(where, space, lambda kept: (worth(space, kept), {}), algorithm="uniform", grace=0.5)
     assert time.monotonic() - begin > 0.5
     assert found.best == first
-    assert not there.finish(claim, 5.0)  # too late: the other value stands
+    assert not there.finish(claim, 5.0, {})  # too late: the other value stands
     assert not there.beat(claim, 1)
     assert study_of(where).best_value == found.value != 5.0
 
@@ -186,7 +186,7 @@ def test_a_slow_process_that_gives_signs_of_life_keeps_its_candidate(where, spac
     def slow(kept):
         told.set()
         time.sleep(0.8)
-        return 3.0, True
+        return 3.0, {}
 
     def work():
         play(where, space, slow, algorithm="uniform", heartbeat=0.05)
@@ -208,10 +208,10 @@ def test_of_two_claims_the_earlier_one_holds(where, space) -> None:
     point = next(SEARCHES["uniform"](space, uniform, 0))[0]
     claim = first.claim(point)
     assert second.claim(point) is None
-    assert first.finish(claim, -math.inf, complete=False)
+    assert first.finish(claim, -math.inf, {"complete": False})
     assert second.claim(point) is None
     second.refresh()
-    assert second.values == {point: -math.inf}
+    assert second.known == {point: (-math.inf, {"complete": False})}
     assert states(where) == {"COMPLETE": 1, "FAIL": 2}
 
 
@@ -222,11 +222,27 @@ def test_a_failing_objective_leaves_its_candidate_free(where, space) -> None:
     with pytest.raises(ZeroDivisionError):
         play(where, space, broken)
     assert study_of(where).get_trials()[0].user_attrs["note"] == "ZeroDivisionError: no luck"
-    assert play(where, space, lambda kept: (worth(space, kept), True)) == alone(space)
+    assert play(where, space, lambda kept: (worth(space, kept), {})) == alone(space)
+
+
+def test_every_process_learns_the_same_in_the_same_order(where, space) -> None:
+    storage = open_storage(where)
+    Trials.create(storage, STUDY)
+    lessons = []
+    for name in ("first", "second"):
+        trials, learned = Trials(storage, STUDY, space), []
+        evaluate = shared(
+            trials, lambda kept, name=name: (worth(space, kept), {"by": name}), learn=lambda k, to=learned: to.append(k)
+        )
+        optimise(SEARCHES["bee"](space, uniform, 0), evaluate, space, evaluations=25)
+        lessons.append([[(p, v, notes["by"]) for p, (v, notes) in known.items()] for known in learned])
+    assert lessons[0] == lessons[1]
+    found = alone(space, algorithm="bee")
+    assert [(t.kept, t.value, "first") for t in found.trials] == [entry for batch in lessons[0] for entry in batch]
 
 
 def test_nan_is_hopeless(where, space) -> None:
-    found = play(where, space, lambda kept: (math.nan if kept[1] > 5 else 1.0, True), evaluations=20)
+    found = play(where, space, lambda kept: (math.nan if kept[1] > 5 else 1.0, {}), evaluations=20)
     assert found.value == 1.0
     assert {t.value for t in found.trials} == {1.0, -math.inf}
 
@@ -236,7 +252,7 @@ def test_the_front_keeps_the_macs_beside_the_value(tmp_path, space) -> None:
     storage = open_storage(where)
     Trials.create(storage, STUDY, front=True)
     trials = Trials(storage, STUDY, space)
-    evaluate = shared(trials, lambda kept: (worth(space, kept), True))
+    evaluate = shared(trials, lambda kept: (worth(space, kept), {}))
     found = optimise(SEARCHES["nsga2"](space, uniform, 0), evaluate, space, evaluations=120)
     assert found == alone(space, algorithm="nsga2", evaluations=120)
     macs = [space.cost.macs(list(t.kept)) / space.cost.macs() for t in found.trials]
@@ -251,10 +267,10 @@ def test_the_front_keeps_the_macs_beside_the_value(tmp_path, space) -> None:
 
 def test_a_torn_last_line_of_a_journal_is_left_out(tmp_path, space) -> None:
     where = tmp_path / "t.journal"
-    play(where, space, lambda kept: (worth(space, kept), True), evaluations=10)
+    play(where, space, lambda kept: (worth(space, kept), {}), evaluations=10)
     with where.open("ab") as file:
         file.write(b'{"op_code":4,"worker')
-    assert play(where, space, lambda kept: (worth(space, kept), True), evaluations=20) == alone(space, evaluations=20)
+    assert play(where, space, lambda kept: (worth(space, kept), {}), evaluations=20) == alone(space, evaluations=20)
 
 
 def test_wrong_storages_are_explained(tmp_path) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from attrim.search.protocol import Evaluate
 from attrim.search.space import Point
-from attrim.search.trials import Claim, Trials
+from attrim.search.trials import Claim, Judgement, Trials
 
-__all__ = ["Values", "shared"]
-
-Values = Callable[[Point], tuple[float, bool]]
-"""Value of a candidate, and whether it was judged whole."""
+__all__ = ["shared"]
 
 _SHORTEST, _LONGEST = 0.01, 0.5
 """Seconds between two looks at what the others do."""
@@ -23,9 +21,9 @@ _SHORTEST, _LONGEST = 0.01, 0.5
 
 def shared(
     trials: Trials,
-    value: Values,
+    judge: Callable[[Point], Judgement],
     *,
-    begin: Callable[[Sequence[Point]], None] | None = None,
+    learn: Callable[[Mapping[Point, Judgement]], None] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Evaluate:
     """Evaluate batches together with all processes that carry out the same search in the same study.
@@ -35,51 +33,50 @@ def shared(
 
     Args:
         trials: the study.
-        value: the objective.
-        begin: called before this process evaluates its first candidate of a batch, with all that are left.
+        judge: the objective.
+        learn: called after each batch with what is known about its candidates, in their order, whoever judged them.
         tick: called at every look, with the number of finished trials; it may raise to end the search.
 
     Example:
-        >>> optimise(proposals, shared(trials, value), space, evaluations=300)
+        >>> optimise(proposals, shared(trials, judge), space, evaluations=300)
     """
 
     def evaluate(points: Sequence[Point]) -> list[float]:
-        order = random.sample(range(len(points)), len(points))  # so that processes seldom want the same one
-        pause, begun = _SHORTEST, False
+        order = random.sample(points, len(points))  # so that processes seldom want the same one
+        pause = _SHORTEST
         while True:
             trials.refresh()
             if tick is not None:
-                tick(len(trials.values))
-            values = trials.values
-            left = [points[i] for i in order if points[i] not in values]
+                tick(len(trials.known))
+            left = [point for point in order if point not in trials.known]
             if not left:
-                return [values[point] for point in points]
+                break
             free = [point for point in left if point not in trials.running]
             claim = trials.claim(free[0]) if free else None
             if claim is not None:
-                if begin is not None and not begun:
-                    begin(left)
-                begun = True
-                _carry_out(trials, claim, value)
+                _carry_out(trials, claim, judge)
                 pause = _SHORTEST
             elif not free and not trials.bury():
                 time.sleep(pause)
                 pause = min(_LONGEST, 1.5 * pause)
+        known = {point: trials.known[point] for point in points}
+        if learn is not None:
+            learn(known)
+        return [value for value, _ in known.values()]
 
     return evaluate
 
 
-def _carry_out(trials: Trials, claim: Claim, value: Values) -> None:
+def _carry_out(trials: Trials, claim: Claim, judge: Callable[[Point], Judgement]) -> None:
     begin = time.monotonic()
     try:
         with _beating(trials, claim):
-            found, complete = value(claim.point)
+            value, notes = judge(claim.point)
     except BaseException as error:
         trials.give_up(claim, f"{type(error).__name__}: {error}"[:500])
         raise
-    trials.finish(
-        claim, float("-inf") if found != found else found, seconds=round(time.monotonic() - begin, 4), complete=complete
-    )
+    seconds = round(time.monotonic() - begin, 4)
+    trials.finish(claim, float("-inf") if math.isnan(value) else value, {"seconds": seconds, **notes})
 
 
 @contextmanager

@@ -11,7 +11,10 @@ from attrim.search.alive import Beats, Process
 from attrim.search.space import Point, Space
 from attrim.search.storage import import_optuna, quiet
 
-__all__ = ["Claim", "Trials"]
+__all__ = ["Claim", "Judgement", "Trials"]
+
+Judgement = tuple[float, Mapping[str, Any]]
+"""Value of a candidate, and what else its judge wants to be kept: plain values."""
 
 _POINT, _TOKEN, _WORKER, _BEAT, _NOTE, _JUDGED = "kept", "token", "worker", "beat", "note", "judged"
 
@@ -28,7 +31,7 @@ class Claim:
 class _Seen:
     """What the study holds: finished candidates, and the running trial of others by its number."""
 
-    values: dict[Point, float] = field(default_factory=dict)
+    known: dict[Point, Judgement] = field(default_factory=dict)
     running: dict[Point, int] = field(default_factory=dict)
 
 
@@ -86,9 +89,9 @@ class Trials:
         return True
 
     @property
-    def values(self) -> Mapping[Point, float]:
+    def known(self) -> Mapping[Point, Judgement]:
         """Finished candidates, as of the last :meth:`refresh`."""
-        return self._seen.values
+        return self._seen.known
 
     @property
     def running(self) -> Mapping[Point, int]:
@@ -104,7 +107,7 @@ class Trials:
                 continue
             point: Point = tuple(map(int, text.split(",")))
             if trial.state == self._states.COMPLETE:
-                seen.values.setdefault(point, trial.values[0])
+                seen.known.setdefault(point, (trial.values[0], trial.user_attrs.get(_JUDGED, {})))
             elif trial.state == self._states.RUNNING:
                 seen.running.setdefault(point, trial.number)
         self._seen = seen
@@ -124,11 +127,11 @@ class Trials:
                 return None
         return None
 
-    def finish(self, claim: Claim, value: float, **notes: Any) -> bool:
+    def finish(self, claim: Claim, value: float, notes: Mapping[str, Any]) -> bool:
         """Write a value down; False if the trial was taken for dead meanwhile, and then the other's value counts."""
         values = [value, self._macs(claim.point)] if self._two else [value]
         try:
-            self._storage.set_trial_user_attr(claim.id, _JUDGED, notes)
+            self._storage.set_trial_user_attr(claim.id, _JUDGED, dict(notes))
             self._storage.set_trial_state_values(claim.id, self._states.COMPLETE, values)
         except self._finished_elsewhere:
             return False
