@@ -11,11 +11,11 @@ from attrim.cli.app import app
 def test_no_arguments_shows_the_commands(call):
     said = call()
     assert said.err == ""
-    for command in ("demo", "trace", "prune", "finetune", "evaluate", "methods"):
+    for command in ("demo", "trace", "prune", "search", "finetune", "evaluate", "methods"):
         assert command in said.out
 
 
-@pytest.mark.parametrize("command", ["demo", "trace", "prune", "finetune", "evaluate", "methods"])
+@pytest.mark.parametrize("command", ["demo", "trace", "prune", "search", "finetune", "evaluate", "methods"])
 def test_every_command_has_examples(command):
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
     assert result.exit_code == 0

@@ -18,6 +18,7 @@ from attrim.cli.methods import methods
 from attrim.cli.prune import prune
 from attrim.cli.report import report
 from attrim.cli.screen import note, paragraph
+from attrim.cli.search import search
 from attrim.cli.trace import trace
 from attrim.errors import AttrimError, AttrimWarning, InputError, MissingDependencyError
 
@@ -53,6 +54,7 @@ def _root(
 app.command()(demo)
 app.command()(trace)
 app.command()(prune)
+app.command()(search)
 app.command()(finetune)
 app.command()(evaluate)
 app.command()(report)

@@ -70,7 +70,7 @@ class Study:
             begun = not made and self.storage.get_n_trials(self._id) > 0
             if begun and not resume:
                 raise CheckpointError(
-                    f"'{hide_password(where)}' holds this search already (study '{self.name}'). Pass resume=True to go on "
+                    f"'{hide_password(where)}' holds this search already (study '{self.name}'). Pass resume=True (--resume) to go on "
                     "with it or to take part in it, or choose another folder, storage or study."
                 )
             self._compare(dict(identity))
