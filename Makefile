@@ -4,12 +4,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types check bench zoo format clean
+.PHONY: help demo test test-slow test-db lint types check bench zoo format clean
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.ready-bench
+DB    := $(VENV)/.ready-db
 # Two test processes with one thread each: small networks gain nothing from more threads, and two cores are enough.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -24,6 +25,9 @@ test: $(READY)  ## everyday tests
 
 test-slow: $(READY)  ## long sweeps only
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
+
+test-db: $(DB)  ## searches shared through a real PostgreSQL, installed if missing, on loopback in a temporary folder
+	$(ONE_THREAD) tests/db.sh $(BIN)/python -m pytest -m db
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -58,6 +62,10 @@ $(READY): pyproject.toml
 
 $(BENCH): $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[dev,bench]"
+	@touch $@
+
+$(DB): $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[dev,postgresql]"
 	@touch $@
 
 # The first interpreter that really runs and is new enough: a name on the path may be a shim without a Python behind it.

@@ -78,3 +78,9 @@ def test_no_large_file_in_the_source_tree() -> None:
     rooms = ("src", "tests", "benchmarks", "docs")
     large = [p.name for r in rooms for p in (ROOT / r).rglob("*") if p.is_file() and p.stat().st_size > MAX_BYTES]
     assert large == []
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Without packages pytest takes them for the same module, and then collects nothing at all."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

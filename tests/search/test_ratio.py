@@ -72,10 +72,13 @@ def test_every_search_repeats_itself_keeps_the_budget_and_asks_nothing_twice(spa
     assert len(set(asked)) == len(asked) == len(first.trials) == (1 if name in ("uniform", "global") else 45)
     cost = space.cost
     for trial in first.trials:
+        if name == "nsga2":  # a front reaches to both sides of the budget
+            assert trial.feasible == (cost.macs(trial.kept) <= 0.5 * cost.macs())
+            continue
         assert trial.feasible
         assert 0.495 * cost.macs() <= cost.macs(trial.kept) <= 0.5 * cost.macs()
         assert trial.kept[0] == 16
-    assert first.value == max(t.value for t in first.trials)
+    assert first.value == max(t.value for t in first.trials if t.feasible)
     if len(first.trials) > 1:
         assert run(name, space, concave, seed=6, evaluations=45).trials != first.trials
 

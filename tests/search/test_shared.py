@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -167,7 +168,7 @@ def test_a_process_that_fell_silent_elsewhere_is_given_up_after_a_while(where, s
     storage = open_storage(where)
     Trials.create(storage, STUDY)
     with monkeypatch.context() as patch:
-        patch.setattr("attrim.search.alive._machine", lambda: "another machine")
+        patch.setattr(sys.modules["attrim.search.alive"], "_machine", lambda: "another machine")
         there = Trials(storage, STUDY, space)
         first = next(SEARCHES["uniform"](space, uniform, 0))[0]
         claim = there.claim(first)

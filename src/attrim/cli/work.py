@@ -251,7 +251,7 @@ def _method_options(settings: PruneSettings) -> dict[str, Any]:
     known: dict[str, Any] = {}
     if criterion is not None and criterion.needs_data:
         known["samples"] = settings.samples
-    if settings.method == "random":
+    if settings.method == "random" and settings.rounds == 1:  # rounds hand every round a seed of its own
         known["seed"] = settings.seed
     return known | settings.option
 

@@ -20,6 +20,7 @@ from attrim.methods.attention import AttentionStatistics
 from attrim.methods.gate_training import (
     GateRun,
     attention_note,
+    begin_together,
     check_data,
     first_batch,
     gate_notes,
@@ -130,7 +131,7 @@ def _attention(
     stages = run.stages("cpsca", model, {"policy": policy, "samples": samples, **training})
     gates = Gates(model, channels, "sca", policy=policy, point="conv", seed=run.seed, example=first_batch(data))
     check_reach(channels, gates.places, plan_of)
-    stages.begin()
+    begin_together(stages, model)
     trained, gates, reports = trained_gates(
         model,
         gates,

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from attrim.errors import CriterionError
 from attrim.methods.attention import AttentionStatistics, read_attention
 from attrim.methods.stages import Stages
-from attrim.modules.batches import batch_source
+from attrim.modules.batches import batch_source, device_of
 from attrim.modules.distributed import rank, share, world
 from attrim.modules.gates import Gated, Gates
 from attrim.modules.names import named_tensors
 from attrim.recover.checkpoint import Checkpoints
+from attrim.recover.engine import make_engine
 from attrim.recover.finetune import finetune
 from attrim.recover.keeper import weights_digest
 from attrim.recover.recipe import Loss
@@ -28,6 +29,7 @@ __all__ = [
     "GateRun",
     "Shaping",
     "attention_note",
+    "begin_together",
     "check_data",
     "first_batch",
     "gate_notes",
@@ -176,6 +178,16 @@ def check_data(name: str, batches: Iterable[Any] | None) -> Iterable[Any]:
             "DataLoader, or list(batches)."
         )
     return batch_source(batches)
+
+
+def begin_together(stages: Stages, model: nn.Module) -> None:
+    """Begin a run once every process has looked into its folder: the first one to write would be an earlier run to others."""
+    engine = make_engine(device_of(model), "no")
+    try:
+        engine.gather(0)
+        stages.begin()
+    finally:
+        engine.close()
 
 
 def first_batch(batches: Iterable[Any]) -> Any:

@@ -19,6 +19,7 @@ from attrim.methods.gate_training import (
     GateRun,
     Shaping,
     attention_note,
+    begin_together,
     check_data,
     first_batch,
     gate_notes,
@@ -204,7 +205,7 @@ def _attention(
     check_reach(channels, gates.places, lambda scores: plan_within(channels, scores, budget, ratio))
     if options.end == "fold":  # what cannot be folded is known before the training
         gates.fold(model, {id: torch.ones(channels[id].size) for id in gates.places})
-    stages.begin()
+    begin_together(stages, model)
     shaped = options.penalty or options.act == "softmax"
     training = {name: getattr(options, name) for name in ("epochs", "lr", "optimizer", "momentum", "weight_decay")}
     _, gates, reports = trained_gates(

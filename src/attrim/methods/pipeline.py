@@ -116,7 +116,7 @@ def prune(
     """
     _check(recover, data, training)
     analysis = analyse(model, example_inputs)
-    made = _cut(model, analysis, method, budget, data, options, repairs)
+    made = _cut(model, analysis, method, budget, data, holdout, options, repairs)
     steps: list[Mapping[str, Any]] = []
     note = _Notes(steps, holdout)
     if holdout is not None:
@@ -129,7 +129,7 @@ def prune(
             steps.append({"step": "rolled back", "reason": str(check)})
             analysis = analyse(model, example_inputs, check=True)
             again = {**options, "folder": str(Path(options["folder"]) / "again")} if options.get("folder") else options
-            made = _cut(model, analysis, method, budget, data, again, repairs)
+            made = _cut(model, analysis, method, budget, data, holdout, again, repairs)
             check = made.proof(model, analysis, example_inputs)
         if not check.ok:
             raise VerificationError(
@@ -219,12 +219,13 @@ def _cut(
     method: Method,
     budget: Budget | None,
     data: Iterable[Any] | None,
+    holdout: Iterable[Any] | None,
     options: Mapping[str, Any],
     repairs: Mapping[type[nn.Module], Repair] | None,
 ) -> _Cut:
     channels = analysis.channel_map()
     if isinstance(method, str) and method in METHODS:
-        outcome = run_method(METHODS[method], model, channels, data, budget=budget, **options)
+        outcome = run_method(METHODS[method], model, channels, data, budget=budget, holdout=holdout, **options)
         small = apply(outcome.model_to_cut, outcome.plan, repairs=repairs)
         return _Cut(outcome.model_to_cut, small, outcome.plan, channels, outcome)
     if budget is None:

@@ -31,7 +31,7 @@ class Stop:
     """
 
     z: float = 2.0
-    first: float = 0.25
+    first: float = 0.125
     looks: float = 0.25
 
     def __post_init__(self) -> None:
