@@ -46,6 +46,7 @@ def load_example(name: str) -> Any:
     if spec is None or spec.loader is None:
         raise FileNotFoundError(path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its classes can be sent to other processes
     spec.loader.exec_module(module)
     return module
 

@@ -12,6 +12,8 @@ recalibrate, evaluate everything); processor time, the same images for both.
 ``compare``: uniform ratios, random search and neighbourhood search at equal numbers of evaluations; the value on held-out
 training images, and the test accuracy of what was found: recalibrated, and after the same recovery.
 ``two``: {arpruning, l1} x {search, uniform}.
+``proxy``: random candidates by three objectives, and by their test accuracy after the same fine-tuning; Kendall's tau.
+``workers``: the same search by one process and by two, with an objective that waits as for a GPU; needs no data.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from attrim.search.protocol import Evaluate, Found, optimise
 from attrim.search.ratio import SEARCHES, start_of
 from attrim.search.space import Point, Space
 from cifar import INSIDE, Pair, first, open_cifar, say, trained
+from search_parts import proxy, workers
 
 
 def main() -> None:
@@ -44,22 +47,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", attrim.AttrimWarning)
     say(f"attrim {attrim.__version__}, torch {torch.__version__}, {options.threads} thread(s), {options.network}")
-    bench = Bench(options)
+    bench = Bench(options) if set(options.parts) != {"workers"} else None
     found: dict[str, Any] = {
         "settings": {k: str(v) for k, v in vars(options).items() if k not in ("data", "checkpoints")}
     }
     for part in options.parts:
-        found[part] = {"speed": bench.speed, "compare": bench.compare, "two": bench.two}[part]()
+        found[part] = workers(options) if bench is None or part == "workers" else PARTS[part](bench)
         if options.json:
             Path(options.json).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, help="CIFAR-10 as attrim prune --data takes it")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder with NETWORK-cifar10-jpeg.safetensors")
+    parser.add_argument("--data", help="CIFAR-10 as attrim prune --data takes it")
+    parser.add_argument("--checkpoints", type=Path, help="folder with NETWORK-cifar10-jpeg.safetensors")
     parser.add_argument("--network", default="resnet56", choices=["resnet20", "resnet56"])
-    parser.add_argument("--parts", nargs="+", default=["speed", "compare"], choices=["speed", "compare", "two"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=[*PARTS, "workers"], help="default: speed compare; with --full two"
+    )
     parser.add_argument("--searches", nargs="+", default=["random", "neighbourhood"], choices=list(SEARCHES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=80, help="of each search (default 80)")
@@ -67,7 +72,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=1024, help="augmented images (default 1024)")
     parser.add_argument("--holdout", type=int, default=2000, help="held-out training images (default 2000)")
     parser.add_argument("--rows", type=int, default=5000, help="training rows (default 5000)")
-    parser.add_argument("--tune", type=int, default=0, help="epochs of fine-tuning what was found (default 0)")
+    parser.add_argument("--tune", type=int, default=0, help="epochs of fine-tuning what was found (default 0; proxy 2)")
+    parser.add_argument("--lr", type=float, default=0.03, help="of the fine-tuning (default 0.03)")
+    parser.add_argument("--candidates", type=int, default=12, help="of proxy, beside uniform ratios (default 12)")
+    parser.add_argument("--repeats", type=int, default=3, help="of workers (default 3)")
+    parser.add_argument(
+        "--wait", type=float, default=0.4, help="seconds that one evaluation of workers takes (default 0.4)"
+    )
     parser.add_argument("--test-images", type=int, default=5000, help="a prefix of the test split (default 5000)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -76,7 +87,10 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.full:
         options.evaluations, options.rows, options.test_images, options.tune = 300, 45_000, 10_000, 40
-        options.holdout, options.parts = 5000, ["speed", "compare", "two"]
+        options.holdout = 5000
+    options.parts = options.parts or ["speed", "compare", *(["two"] if options.full else [])]
+    if set(options.parts) != {"workers"} and not (options.data and options.checkpoints):
+        parser.error("--data and --checkpoints are needed for all parts but workers")
     return options
 
 
@@ -201,7 +215,7 @@ class Bench:
         if self.options.tune:
             train = self.data.batches("train", augment=True, shuffle=True)
             networks["fine-tuned"] = finetune(
-                networks["free"], train, epochs=self.options.tune, seed=seed, teacher=self.dense, lr=0.03
+                networks["free"], train, epochs=self.options.tune, seed=seed, teacher=self.dense, lr=self.options.lr
             )
         return {name: evaluate(network, self.test) for name, network in networks.items()}
 
@@ -235,6 +249,14 @@ def report(network: str, found: Mapping[str, list[dict[str, Any]]]) -> None:
         for what in (key for key in runs[0] if key not in ("curve", "kept", "seconds")):
             values = [100 * run[what] for run in runs]
             say(f"    {what:<14} {statistics.mean(values):6.2f}  ({np.min(values):.2f} .. {np.max(values):.2f})")
+
+
+PARTS: Mapping[str, Callable[[Bench], Any]] = {
+    "speed": Bench.speed,
+    "compare": Bench.compare,
+    "two": Bench.two,
+    "proxy": proxy,
+}
 
 
 if __name__ == "__main__":
