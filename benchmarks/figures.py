@@ -203,7 +203,7 @@ def of_the_network(options: argparse.Namespace) -> Found:
         ),
     )
     layer = inside[len(inside) // 2]
-    yield "arpruning-maps", lambda: maps(model, channels[layer], scaled.values[layer], images[0][:6])
+    yield "arpruning-maps", lambda: maps(model, channels[layer], scaled.values[layer], images[0][:4])
 
 
 def maps(model: torch.nn.Module, group: attrim.ChannelGroup, scores: Tensor, images: Tensor) -> Picture:

@@ -172,8 +172,8 @@ def test_spectra_are_sorted_and_logarithmic_where_they_must_be():
 
 def test_scores_next_to_nothing_do_not_stretch_the_axis():
     picture = sound(lambda: score_spectra({"a": [1.0, 0.5, 1e-18, 0.0]}))
-    assert picture.figure.axes[0].get_ylim()[0] == 1e-6
-    assert "raw scores; below 1e-06: 50.0%" in texts(picture)
+    assert picture.figure.axes[0].get_ylim()[0] == 1e-3
+    assert "raw scores; below 1e-03: 50.0%" in texts(picture)
 
 
 def test_spectra_of_wide_layers_are_thinned_and_keep_their_ends():

@@ -16,7 +16,7 @@ from attrim.report.figures.stages import short_names
 
 __all__ = ["score_spectra"]
 
-_SPAN = 1e6
+_SPAN = 1e3
 
 _POINTS = 100
 """Of a layer with more channels every second, third … is drawn, the first and the last always."""
@@ -32,7 +32,7 @@ def score_spectra(
 
     Args:
         raw: layer -> one score for each channel. Drawn on a logarithmic axis where they span more than two decades, down to
-            a millionth of the highest; the title says how many score less.
+            a thousandth of the highest; the title says how many score less.
         scaled: the same layers after the normalisation that makes them comparable.
         title: heading.
 
@@ -63,7 +63,7 @@ def score_spectra(
                 axes.set_yscale("log")
                 floor = float(positive.max()) / _SPAN
                 if positive.min() < floor:
-                    axes.set_ylim(bottom=floor)
+                    axes.set_ylim(floor, 1.5 * float(positive.max()))
                     note = f"; below {floor:.0e}: {np.mean([v < floor for r in layers.values() for v in r]):.1%}"
             axes.set_title(f"{what} scores{note}")
             axes.set_xlabel("channels, the best first")
