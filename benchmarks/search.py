@@ -12,6 +12,7 @@ recalibrate, evaluate everything); processor time, the same images for both.
 ``compare``: uniform ratios, random search and neighbourhood search at equal numbers of evaluations; the value on held-out
 training images, and the test accuracy of what was found: recalibrated, and after the same recovery.
 ``two``: {arpruning, l1} x {search, uniform}.
+``maps``: how far a layer's attention map moves without its lowest, highest and random channels.
 ``proxy``: random candidates by three objectives, and by their test accuracy after the same fine-tuning; Kendall's tau.
 ``workers``: the same search by one process and by two, with an objective that waits as for a GPU; needs no data.
 """
@@ -38,7 +39,7 @@ from attrim.search.protocol import Evaluate, Found, optimise
 from attrim.search.ratio import SEARCHES, start_of
 from attrim.search.space import Point, Space
 from cifar import INSIDE, Pair, first, open_cifar, say, trained
-from search_parts import proxy, workers
+from search_parts import maps, proxy, workers
 
 
 def main() -> None:
@@ -255,6 +256,7 @@ PARTS: Mapping[str, Callable[[Bench], Any]] = {
     "speed": Bench.speed,
     "compare": Bench.compare,
     "two": Bench.two,
+    "maps": maps,
     "proxy": proxy,
 }
 

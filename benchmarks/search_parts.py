@@ -1,4 +1,4 @@
-"""Two parts of ``benchmarks/search.py``: what a second worker saves, and whether the objective foretells the accuracy."""
+"""Parts of ``benchmarks/search.py``: attention maps of cut layers, whether the objective foretells the accuracy, workers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import attrim
 from attrim.methods.fast.objective import FastObjective
@@ -19,7 +20,7 @@ from attrim.report.figures.search import kendall_tau
 from attrim.search.population import random_search
 from attrim.search.space import Point, Space
 from attrim.search.starts import uniform
-from cifar import INSIDE, say, untrained
+from cifar import INSIDE, first, say, untrained
 
 BOUND = 0.65
 """Wall time of two workers, as a part of that of one."""
@@ -87,6 +88,44 @@ def workers(options: Any) -> dict[str, Any]:
         f"best candidate {'the same' if same else 'NOT the same'} ({values[1][0]:.4f} and {values[2][0]:.4f} at the first seed)"
     )
     return {"ratios": ratios, "one": seconds[1], "two": seconds[2], "same best": same, "values": [values[1], values[2]]}
+
+
+def maps(bench: Any) -> dict[str, float]:
+    """How far the attention maps move without some channels: ``||Q - Q'||``, mean over layers and 256 held-out images."""
+    channels, images = bench.channels, [x for x, _ in first(bench.holdout, 256)]
+    attention = bench.scores("arpruning", bench.calibration(bench.options.seeds[0]))
+    weights = bench.scores("l1", [])
+    random = torch.Generator().manual_seed(bench.options.seeds[0])
+    layers = {g.id: next(t.module for t in g.taps if t.kind == "norm") for g in channels if g.id.startswith("layer")}
+    moved: dict[str, list[float]] = {}
+    for group, module in layers.items():
+        energy = torch.cat([_energy(bench.dense, module, x.to(bench.device)) for x in images])
+        order, l1 = attention.values[group].argsort(), weights.values[group].argsort()
+        for words, share in (("quarter", 4), ("half", 2)):
+            gone = len(order) // share
+            chance = torch.randperm(len(order), generator=random)
+            for name, stay in {"lowest": order[gone:], "random": chance[gone:], "highest": order[:-gone], "lowest L1": l1[gone:]}.items():  # fmt: skip
+                change = _unit(energy.sum(1)) - _unit(energy[:, stay].sum(1))
+                moved.setdefault(f"{words}, {name}", []).append(float(change.norm(dim=1).mean()))
+    found = {name: statistics.mean(values) for name, values in moved.items()}
+    say("  maps: mean change without a " + "; ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    both = zip(moved["half, lowest"], moved["half, random"], moved["half, highest"], strict=True)
+    say(f"  maps: lowest < random < highest half in {sum(a < b < c for a, b, c in both)} of {len(layers)} layers")
+    return found
+
+
+@torch.no_grad()
+def _energy(model: nn.Module, module: str, x: Tensor) -> Tensor:
+    """Squared output of a module, shape ``(images, channels, pixels)``."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(module).register_forward_hook(lambda m, args, out: seen.append(out))
+    model.eval()(x)
+    handle.remove()
+    return seen[0].double().square().flatten(2).cpu()
+
+
+def _unit(maps: Tensor) -> Tensor:
+    return maps / maps.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
 def proxy(bench: Any) -> dict[str, tuple[list[float], list[float]]]:
