@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrim.core.plan import within
 from attrim.modules.course.chain import Step, affine_of, is_addition, is_rectifier, step_of, undo_movements
 from attrim.modules.course.contractions import Contraction, ContractionWatch
 from attrim.modules.course.rows import output_rows, places
@@ -228,12 +229,20 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
         self._trails.append(trail)
         self._follow(trail, value)
 
-    def course(self, cut: Mapping[str, Collection[int]]) -> Course:
+    def course(
+        self,
+        cut: Mapping[str, Collection[int]],
+        *,
+        without: Collection[str] = (),
+        limits: Mapping[Key, int] | None = None,
+    ) -> Course:
         """What was seen.
 
         Args:
             cut: weight -> its dimensions that are cut. Where a sum takes two contractions together, it counts as the
                 place of comparison of the one whose inputs were cut, or else of the first.
+            without: modules that another network to be compared with lacks; their weights are no units.
+            limits: unit -> the most operators between it and its place of comparison, then before any sum.
         """
         refused: dict[str, str] = {}
         claimed: set[int] = set()
@@ -244,11 +253,13 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             zip(self._trails, keys, strict=True), key=lambda p: (p[0].use.dim not in cut.get(p[1][0], ()), p[0].order)
         )
         for trail, key in order:
+            if within(key[0], without):
+                continue
             why = self._refusal(trail, calls[key])
             if why:
                 refused[trail.use.tensor] = why
                 continue
-            end, unit = self._unit(trail, key, claimed)
+            end, unit = self._unit(trail, key, claimed, (limits or {}).get(key))
             found.append((end, unit))
         found.sort(key=lambda pair: pair[0])
         dims: dict[str, frozenset[int]] = {}
@@ -274,11 +285,11 @@ class Survey(ContractionWatch):  # type: ignore[no-untyped-call]
             return "its weight is used elsewhere too"
         return "" if trail.plain else "its product is multiplied by a factor in the same call"
 
-    def _unit(self, trail: _Trail, key: Key, claimed: set[int]) -> tuple[int, Unit]:
-        length = 0
-        while length < len(trail.steps) and trail.counts[length] == 1 and trail.checked[length]:
+    def _unit(self, trail: _Trail, key: Key, claimed: set[int], limit: int | None) -> tuple[int, Unit]:
+        length, most = 0, len(trail.steps) if limit is None else limit
+        while length < min(most, len(trail.steps)) and trail.counts[length] == 1 and trail.checked[length]:
             length += 1
-        join = length == len(trail.steps) == trail.joined and trail.counts[length] == 1
+        join = limit is None and length == len(trail.steps) == trail.joined and trail.counts[length] == 1
         if join:
             join = trail.total not in claimed
             claimed.add(trail.total)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from attrim.core.plan import PruningPlan
+from attrim.core.plan import PruningPlan, within
 from attrim.errors import InputError, PlanError
 from attrim.modules.names import fingerprint, named_tensors
 from attrim.recover.evaluate import restore_modes
@@ -31,7 +31,8 @@ def check_networks(dense: nn.Module, pruned: nn.Module, plan: PruningPlan) -> No
 
     Raises:
         InputError: not modules, or not a plan.
-        PlanError: another original, or a tensor whose shape is not what the plan leaves (it is named).
+        PlanError: another original, a tensor whose shape is not what the plan leaves, or one of a dropped branch that is
+            still there (it is named).
     """
     for name, model in (("dense", dense), ("pruned", pruned)):
         if not isinstance(model, nn.Module):
@@ -44,6 +45,13 @@ def check_networks(dense: nn.Module, pruned: nn.Module, plan: PruningPlan) -> No
             "the plan was not made for the dense network (the fingerprints differ). Pass the one that was traced."
         )
     for name, shape in before.items():
+        if within(name, plan.drops):
+            if name in after:
+                raise PlanError(
+                    f"pruned: '{name}' belongs to a residual branch that this plan drops, and is still there. "
+                    "Make it with attrim.apply(dense, plan)."
+                )
+            continue
         expected = plan.cuts[name].shape_after if name in plan.cuts else shape
         if after.get(name) != expected:
             raise PlanError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from attrim.core.plan import PruningPlan
+from attrim.core.plan import PruningPlan, within
 from attrim.errors import AttrimWarning, DataError
 from attrim.modules.batches import Batch
+from attrim.modules.course.beyond import Beyond, FollowFar, Stream
 from attrim.modules.course.follow import Arrival, Follow, Site
 from attrim.modules.course.survey import Course, Key, Survey, Unit
 from attrim.modules.names import named_tensors
@@ -50,6 +52,7 @@ class Work:
 
     Attributes:
         pairs: key -> the unit of the dense and of the pruned network, in order.
+        sums: key -> number of the dense network's sum that holds the target, where branches behind it were dropped.
         rows: key -> output positions to look at, over all batches.
         live: bytes of activations that one batch keeps alive.
     """
@@ -60,6 +63,7 @@ class Work:
     held: list[Batch]
     settings: Settings
     pairs: Mapping[Key, tuple[Unit, Unit]]
+    sums: Mapping[Key, int]
     sampling: Sampling
     rows: Mapping[Key, int]
     live: int
@@ -70,13 +74,15 @@ class Work:
     ) -> Work:
         parameters = named_tensors(dense).parameters
         cut = {name: tuple(c.keep) for name, c in plan.cuts.items() if name in parameters}
-        courses = [_survey(model, held[0], cut) for model in (dense, small)]
-        pairs, refused = match(courses[0].units, courses[1].units)
+        surveys = [_survey(model, held[0]) for model in (dense, small)]
+        courses, pairs, refused = _matched(surveys, cut, plan)
         _warn(courses[0], cut, {**courses[1].refused, **refused}, pairs)
+        beyond = _beyond(dense, courses[0], plan, held[0])
         if not courses[0].left_out(cut) and not refused and _only_cut(dense, small, plan):
-            pairs = _touched(pairs)
+            pairs = _touched(pairs, beyond if plan.drops else None)
         if layers == "consumers":
-            pairs = {key: pair for key, pair in pairs.items() if pair[0].dim in cut.get(key[0], ())}
+            chosen = beyond.absorbing
+            pairs = {k: pair for k, pair in pairs.items() if pair[0].dim in cut.get(k[0], ()) or k in chosen}
         sampling = Sampling(tuple(b.size for b in held), settings.seed, settings.memory)
         rows = {key: sampling.rows(unit, held[0].size) for key, (_, unit) in pairs.items()}
         return cls(
@@ -86,6 +92,7 @@ class Work:
             held,
             settings,
             pairs,
+            beyond.sums,
             sampling,
             rows,
             max((u.live for _, u in pairs.values()), default=0),
@@ -104,10 +111,10 @@ class Work:
     def _at(self, key: Key, batch: int, arrival: Arrival) -> Tensor:
         return self.sampling.at(list(self.pairs).index(key), batch, self.rows[key], arrival.places)
 
-    def _targets(self) -> dict[Key, list[Tensor]]:
+    def _targets(self, keys: Collection[Key] | None = None) -> dict[Key, list[Tensor]]:
         """What the dense network has at the comparisons: the survivors' outputs at the chosen positions."""
         shapes = named_tensors(self.dense).shapes
-        found: dict[Key, list[Tensor]] = {key: [] for key in self.pairs}
+        found: dict[Key, list[Tensor]] = {key: [] for key in (self.pairs if keys is None else keys)}
         for number, batch in enumerate(progress(self.held, "running the dense network")):
 
             def arrive(arrival: Arrival, number: int = number) -> None:
@@ -116,7 +123,7 @@ class Work:
                 values = arrival.values(self._at(unit.key, number, arrival))
                 found[unit.key].append(values[:, stays.to(values.device)])
 
-            with Follow(self.dense, (pair[0] for pair in self.pairs.values()), arrive):
+            with FollowFar(self.dense, (self.pairs[key][0] for key in found), arrive, self.sums):
                 forward(self.dense, batch)
         return found
 
@@ -197,6 +204,8 @@ class Work:
     def _alone_together(self, keys: list[Key], sites: Mapping[Key, Site]) -> Iterator[Refit]:
         shapes = named_tensors(self.dense).shapes
         rows = {key: Rows() for key in keys}
+        later = [key for key in keys if key in self.sums]
+        targets = self._targets(later) if later else {}
         for number, batch in enumerate(self.held):
 
             def arrive(arrival: Arrival, number: int = number) -> None:
@@ -207,6 +216,7 @@ class Work:
                 stays = kept_outputs(self.plan, arrival.unit, arrival.use, shape)
                 target = arrival.values(at)[:, stays]
                 other = 0 if arrival.other is None else target - arrival.branch(at)[:, stays]
+                target = targets[key][number] if key in targets else target
                 rows[key].put(read, _through(sites[key], read) + other, target, at, arrival)
 
             with Follow(self.dense, (self.pairs[key][0] for key in keys), arrive):
@@ -238,21 +248,63 @@ def _through(site: Site, read: Tensor) -> Tensor:
 def _only_cut(dense: nn.Module, small: nn.Module, plan: PruningPlan) -> bool:
     """Whether nothing was changed since the cut, as far as the tensors that were not cut tell."""
     after = named_tensors(small).tensors
-    return all(name in plan.cuts or torch.equal(t, after[name]) for name, t in named_tensors(dense).tensors.items())
+    return all(
+        name in plan.cuts or within(name, plan.drops) or torch.equal(t, after[name])
+        for name, t in named_tensors(dense).tensors.items()
+    )
 
 
-def _touched(pairs: Mapping[Key, tuple[Unit, Unit]]) -> dict[Key, tuple[Unit, Unit]]:
-    """The units from the first one on that reads fewer channels; before it the networks compute the same."""
+def _touched(pairs: Mapping[Key, tuple[Unit, Unit]], beyond: Beyond | None) -> dict[Key, tuple[Unit, Unit]]:
+    """The units from the first one on that reads fewer channels or comes behind a dropped branch; before it the networks
+    compute the same."""
     keys = list(pairs)
-    first = next((i for i, key in enumerate(keys) if pairs[key][0].inputs != pairs[key][1].inputs), len(keys))
+    first = next(
+        (
+            i
+            for i, key in enumerate(keys)
+            if pairs[key][0].inputs != pairs[key][1].inputs or (beyond is not None and key not in beyond.untouched)
+        ),
+        len(keys),
+    )
     return {key: pairs[key] for key in keys[first:]}
 
 
-def _survey(model: nn.Module, batch: Batch, cut: Mapping[str, tuple[int, ...]]) -> Course:
+def _survey(model: nn.Module, batch: Batch) -> Survey:
     survey = Survey(model)
     with survey:
         forward(model, batch)
-    return survey.course(cut)
+    return survey
+
+
+_Pairs: TypeAlias = dict[Key, tuple[Unit, Unit]]
+
+
+def _matched(
+    surveys: Sequence[Survey], cut: Mapping[str, tuple[int, ...]], plan: PruningPlan
+) -> tuple[list[Course], _Pairs, dict[str, str]]:
+    """The courses of both networks and the units that belong together; where branches are gone, the way to a comparison
+    ends at the first place that both networks have."""
+    courses = [survey.course(cut, without=plan.drops) for survey in surveys]
+    pairs, refused = match(courses[0].units, courses[1].units)
+    if not plan.drops or not refused:
+        return courses, pairs, refused
+    of_small = {unit.key: unit for unit in courses[1].units}
+    limits = {
+        unit.key: min(unit.steps, of_small[unit.key].steps)
+        for unit in courses[0].units
+        if unit.key in of_small and unit.key not in pairs
+    }
+    courses = [survey.course(cut, without=plan.drops, limits=limits) for survey in surveys]
+    return courses, *match(courses[0].units, courses[1].units)
+
+
+def _beyond(dense: nn.Module, course: Course, plan: PruningPlan, batch: Batch) -> Beyond:
+    """Where the dense network has what the pruned one should have before dropped branches."""
+    stream = Stream(dense, course.units, plan.drops)
+    if plan.drops:
+        with stream.inside(dense), stream:
+            outputs = forward(dense, batch)
+    return stream.beyond(outputs if plan.drops else None)
 
 
 def _warn(
