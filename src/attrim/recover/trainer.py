@@ -199,10 +199,11 @@ class Trainer:
             if recipe.mixes:
                 classes = logits_of(run_batch(self.network, batch)).shape[1]
                 self.feed.mixer = Mixer(recipe.mixup, recipe.cutmix, recipe.label_smoothing, classes)
+            places = None
+            if recipe.attention and recipe.channels is not None and teacher is not None:
+                places = choose_places(recipe.channels, teacher, lambda model: run_batch(model, batch), self.network)
             restore_modes(modes)
-            if not recipe.attention or recipe.channels is None or teacher is None:
-                return None
-            return AttentionTransfer(choose_places(recipe.channels, teacher, lambda model: run_batch(model, batch)))
+            return None if places is None else AttentionTransfer(places)
 
     def _check(self, value: float, what: str, step: int) -> None:
         if math.isfinite(value):

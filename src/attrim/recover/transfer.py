@@ -33,7 +33,9 @@ class Place:
     dim: int
 
 
-def choose_places(channels: ChannelMap, teacher: nn.Module, run: Callable[[nn.Module], object]) -> tuple[Place, ...]:
+def choose_places(
+    channels: ChannelMap, teacher: nn.Module, run: Callable[[nn.Module], object], student: nn.Module | None = None
+) -> tuple[Place, ...]:
     """One place for each residual stream: its end, where it has axes of positions.
 
     A residual stream is a group that several layers write to; a network without one is compared at all of its groups.
@@ -43,10 +45,14 @@ def choose_places(channels: ChannelMap, teacher: nn.Module, run: Callable[[nn.Mo
     paper. Groups without positions (linear layers, pooled features) are left out, and one :class:`AttrimWarning` says
     which and why.
 
+    Where the student lacks residual branches, a place inside one of them shows nothing, and the last one before it counts.
+    A block that has become the identity still shows its stream.
+
     Args:
         channels: the map of the teacher.
         teacher: the dense network, in eval mode.
         run: gives a model one batch, as ``run(model)``.
+        student: the pruned network, in eval mode; None for one that lacks no branch.
 
     Raises:
         InputError: no group has such a place, or a tap's module does not exist in the model.
@@ -55,16 +61,23 @@ def choose_places(channels: ChannelMap, teacher: nn.Module, run: Callable[[nn.Mo
     streams = [group for group in channels if _writers(group, modules) > 1]
     groups = streams or list(channels)
     seen = _outputs(teacher, {tap.module for group in groups for tap in group.taps}, run)
-    places: list[Place] = []
-    skipped: list[str] = []
+    chosen: dict[str, list[Place]] = {}
     for group in groups:
         fitting = [tap for tap in group.taps if _positions(seen.get(tap.module, []), tap)]
         single = [tap for tap in fitting if len(seen[tap.module]) == 1]
-        for tap in (single or fitting)[-1:]:
-            path = _around(tap.module, seen) if streams else tap.module
-            places.append(Place(group.id, path, tap.dim))
-        if not fitting:
-            skipped.append(f"'{group.id}' ({_reason(group, seen)})")
+        paths = [_around(tap.module, seen) if streams else tap.module for tap in single or fitting]
+        chosen[group.id] = [Place(group.id, path, tap.dim) for path, tap in zip(paths, single or fitting, strict=True)]
+    gone = (
+        set() if student is None else _gone(student, {p.module for found in chosen.values() for p in found}, seen, run)
+    )
+    places: list[Place] = []
+    skipped: list[str] = []
+    for group in groups:
+        left = [place for place in chosen[group.id] if place.module not in gone]
+        places += left[-1:]
+        if not left:
+            why = "its branch was dropped" if chosen[group.id] else _reason(group, seen)
+            skipped.append(f"'{group.id}' ({why})")
     unique = {(place.module, place.dim): place for place in places}
     if skipped:
         warnings.warn(
@@ -169,6 +182,28 @@ def _outputs(model: nn.Module, paths: set[str], run: Callable[[nn.Module], objec
     with torch.no_grad(), _collecting(model, paths | around, into):
         run(model)
         return {path: [tuple(tensor.shape) for tensor in tensors] for path, tensors in into.items()}
+
+
+def _gone(
+    student: nn.Module,
+    paths: set[str],
+    seen: Mapping[str, list[tuple[int, ...]]],
+    run: Callable[[nn.Module], object],
+) -> set[str]:
+    """Places at which the student shows nothing: no module, another number of outputs, or nothing but zeros.
+
+    None of them if there is no other: then the two networks have nothing in common, which is for the comparison to say.
+    """
+    there = {path for path, _ in student.named_modules()} & paths
+    into: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), _collecting(student, there, into):
+        run(student)
+        alive = {
+            path
+            for path, outputs in into.items()
+            if len(outputs) == len(seen[path]) and all(bool(tensor.any()) for tensor in outputs)
+        }
+    return paths - alive if alive else set()
 
 
 def _around(path: str, seen: Mapping[str, list[tuple[int, ...]]]) -> str:
