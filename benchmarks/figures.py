@@ -119,9 +119,11 @@ def globalpru(part: Result, settings: Result) -> Found:
 
 def dcpa(part: Result, settings: Result) -> Found:
     """From ``dcpa`` of benchmarks/methods.py."""
-    reports = [report for report in next(iter(part["reports"].values()))[0] if report.get("probabilities")]
+    first, seeds = next(iter(part["reports"].items()))
+    reports = [report for report in seeds[0] if report.get("probabilities")]
+    names = part.get("candidates", {}).get(first)
     moments = [reports[round(i * (len(reports) - 1) / 3)] for i in range(4)] if reports else []
-    yield "dcpa-policy", lambda: draw.policy_map({int(r["epoch"]): r["probabilities"] for r in moments})
+    yield "dcpa-policy", lambda: draw.policy_map({int(r["epoch"]): r["probabilities"] for r in moments}, names)
     yield (
         "dcpa-costs",
         lambda: draw.policy_costs(

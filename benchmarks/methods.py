@@ -232,6 +232,7 @@ class Bench:
         """Policies and controls."""
         runs: dict[str, list[dict[str, float]]] = {}
         reports: dict[str, list[Any]] = {}
+        candidates: dict[str, dict[str, list[str]]] = {}
         widths: dict[str, dict[str, dict[str, int]]] = {}
         for seed in self.options.seeds:
             for name, extra in POLICIES.items():
@@ -245,6 +246,7 @@ class Bench:
                     **{**extra, "policy_lr": extra.get("policy_lr", 1.0) * self.options.policy_lr},
                 )
                 reports.setdefault(name, []).append(list(outcome.statistics["epochs"]))
+                candidates[name] = outcome.statistics["candidates"]
                 macs = outcome.plan.provenance["macs_after"] / outcome.plan.provenance["macs_before"]
                 small = attrim.apply(outcome.model_to_cut, outcome.plan)
                 tuned = finetune(
@@ -271,7 +273,7 @@ class Bench:
         }
         for name, value in alike.items():
             say(f"  rank correlation of the widths between seeds, {name}: {value:.2f}")
-        return {"runs": runs, "reports": reports, "widths": widths, "correlation": alike}
+        return {"runs": runs, "reports": reports, "candidates": candidates, "widths": widths, "correlation": alike}
 
 
 def _policy_correlations(found: list[dict[str, int]], channels: attrim.ChannelMap) -> list[float]:

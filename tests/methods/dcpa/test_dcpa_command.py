@@ -89,3 +89,78 @@ def test_a_run_writes_every_option_and_what_it_found(
     plan = json.loads((out / "plan.json").read_text())
     assert plan["provenance"]["branches"] == derived["drops"]
     assert run([str(a) for a in (*call, "--resume")]) == 0
+
+
+def test_a_run_that_goes_on_writes_every_step_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import attrim.cli.work as work
+    from attrim.cli.app import run
+    from attrim.errors import DataError
+
+    (tmp_path / "net.py").write_text(NET)
+    out = tmp_path / "run"
+    call = [
+        "prune", f"{tmp_path / 'net.py'}:Net", "--input", "1x3x8x8", "--data", str(images), "--keep-macs", "0.6", "--method",
+        "dcpa", "--option", "epochs=2", "--option", "candidates=[0.5, 1.0]", "--batch-size", "8", "--out", str(out),
+        "--device", "cpu",
+    ]  # fmt: skip
+
+    def full(*given: Any) -> None:
+        raise DataError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "save_main", full)
+        assert run(call) != 0
+    before = steps_of(out)
+    assert before.count("search") == 2
+    assert before[-1] == "failed"
+    assert run([*call, "--resume"]) == 0
+    after = steps_of(out)
+    for step, times in {
+        "start": 1,
+        "dense": 1,
+        "search space": 1,
+        "search": 2,
+        "derived": 1,
+        "cut": 1,
+        "failed": 0,
+    }.items():
+        assert after.count(step) == times, step
+    searched = [line for line in lines_of(out) if line["step"] == "search"]
+    assert [line["epoch"] for line in searched] == [1, 2]
+    (space,) = (line for line in lines_of(out) if line["step"] == "search space")
+    assert space["candidates"] == {f"blocks.{i}": ["drop", "50 %", "100 %"] for i in range(2)}
+    assert {u: len(p) for u, p in searched[0]["probabilities"].items()} == dict.fromkeys(space["candidates"], 3)
+
+
+def test_a_network_that_lost_a_block_is_recovered_and_fine_tuned(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attrim.cli.app import run
+
+    (tmp_path / "net.py").write_text(NET)
+    out, more = tmp_path / "run", tmp_path / "more"
+    status = run([
+        "prune", f"{tmp_path / 'net.py'}:Net", "--input", "1x3x8x8", "--data", str(images), "--keep-macs", "0.6", "--method",
+        "dcpa", "--option", "epochs=2", "--option", "candidates=[1.0]", "--option", "fine=false", "--batch-size", "8",
+        "--recover", "free", "--finetune-epochs", "1", "--out", str(out), "--device", "cpu",
+    ])  # fmt: skip
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    plan = json.loads((out / "plan.json").read_text())
+    assert len(plan["drops"]) == 1
+    steps = steps_of(out)
+    assert {"derived", "cut", "recovered", "finetune", "final"} <= set(steps)
+    assert run(["finetune", str(out), "--epochs", "1", "--out", str(more), "--device", "cpu"]) == 0, (
+        capsys.readouterr().err
+    )
+    assert json.loads((more / "plan.json").read_text())["drops"] == plan["drops"]
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder: Path) -> list[str]:
+    return [line["step"] for line in lines_of(folder)]

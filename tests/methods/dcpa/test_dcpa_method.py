@@ -107,3 +107,30 @@ def test_it_is_in_the_table_with_all_its_options() -> None:
     assert METHODS["dcpa"].trains
     assert METHODS["dcpa"].options["kind"] == "se"
     assert {"kind", "space", "cost", "sampling", "tau_high", "policy_lr"} <= set(METHODS["dcpa"].options)
+
+
+@pytest.mark.parametrize("recover", ["free", "finetune"])
+def test_a_network_without_a_block_is_recovered(recover: Any) -> None:
+    data = batches()
+    model = filled(Residual())
+    channels = attrim.trace(model, data[0][0])
+    training = (
+        {"training": {"epochs": 1, "attention": 5.0, "lr": 0.01, "channels": channels}} if recover == "finetune" else {}
+    )
+    result = attrim.prune(
+        model, data[0][0], method="dcpa", budget=attrim.Budget(macs=0.6), data=data, epochs=2, candidates=(1.0,), fine=False,
+        recover=recover, **training,
+    )  # fmt: skip
+    assert result.plan.drops
+    assert result.verification is not None
+    assert result.verification.ok
+    assert result.after.macs <= 0.6 * result.before.macs
+    steps = {s["step"]: s for s in result.steps}
+    assert steps["reconstruct"]["layers"] > 0
+    assert steps["reconstruct"]["gap"] < 1
+    names = result.outcome.statistics["candidates"]
+    found = {unit: len(p) for unit, p in steps["search"]["probabilities"].items()}
+    assert found == {unit: len(own) for unit, own in names.items()}
+    assert {own[0] for own in names.values()} == {"drop"}
+    with torch.no_grad():
+        assert bool(result.model(data[0][0]).isfinite().all())

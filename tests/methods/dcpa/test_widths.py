@@ -90,3 +90,17 @@ def test_ratios_out_of_range(ratios: tuple[float, ...]) -> None:
     channels = traced(Plain)
     with pytest.raises(InputError, match=r"candidates: expected kept fractions in \(0, 1\]"):
         make_space(channels, list(channels.groups), attrim.Budget(macs=0.5), ratios=ratios)
+
+
+def test_candidates_are_named_by_the_largest_ratio_that_gives_them() -> None:
+    channels = traced(Plain)
+    budget = attrim.Budget(macs=0.5, min_keep=3)
+    space = make_space(channels, list(channels.groups), budget)
+    assert space.units[0].names == ("37.5 %", "50 %", "62.5 %", "75 %", "87.5 %", "100 %")
+    space = make_space(channels, list(channels.groups), attrim.Budget(macs=0.5, multiple_of=8), ratios=(0.3, 0.6))
+    assert space.units[0].names == ("60 %", "100 %")
+    channels = traced(Residual)
+    for by_channel in (False, True):
+        space = make_space(channels, list(channels.groups), attrim.Budget(macs=0.5), drop=True, by_channel=by_channel)
+        assert all(len(u.names) == len(u) and len(set(u.names)) == len(u) for u in space.units)
+        assert all((u.names[0] == "drop") == (u.branch is not None) and u.names[-1] == "100 %" for u in space.units)

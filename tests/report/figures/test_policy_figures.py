@@ -41,6 +41,23 @@ def test_blocks_with_other_candidates_are_aligned_by_name():
         policy_map({3: {"a": [1.0], "b": {"drop": 1.0}}})
 
 
+def test_each_block_with_its_own_names():
+    names = {"stem": ["25 %", "50 %", "100 %"], "branch": ["drop", "50 %", "100 %"], "only": ["100 %"]}
+    rows = {"stem": [0.25, 0.5, 0.25], "branch": [0.5, 0.5, 0.0], "only": [1.0]}
+    picture = sound(lambda: policy_map({3: rows}, names))
+    axes = picture.figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["drop", "25 %", "50 %", "100 %"]
+    assert axes.images[0].get_array().filled(-1).tolist() == [
+        [-1, 0.25, 0.5, 0.25],
+        [0.5, -1, 0.5, 0.0],
+        [-1, -1, -1, 1.0],
+    ]
+    with pytest.raises(InputError, match="found none for 'only'"):
+        policy_map({3: rows}, {k: v for k, v in names.items() if k != "only"})
+    with pytest.raises(InputError, match="candidates of 'only': expected 1 values"):
+        policy_map({3: rows}, {**names, "only": ["drop", "100 %"]})
+
+
 def test_policy_map_of_one_block_and_of_many():
     sound(lambda: policy_map({"start": {"only": [1.0]}}))
     many = {f"block{i}": np.full(6, 1 / 6) for i in range(70)}

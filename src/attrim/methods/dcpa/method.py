@@ -15,6 +15,7 @@ from attrim.errors import InputError
 from attrim.methods.dcpa.attention import Kind
 from attrim.methods.dcpa.objective import CostRule
 from attrim.methods.dcpa.options import DcpaOptions, Inherit, Space, Start
+from attrim.methods.dcpa.report import candidates as names_of
 from attrim.methods.dcpa.report import explain
 from attrim.methods.dcpa.sample import Sampling
 from attrim.methods.dcpa.searched import search_policy
@@ -63,8 +64,8 @@ def dcpa(
 
     Returns:
         The plan; the network to cut, with the weights that ``weights`` names; scores (for ``space="width"`` the widths'
-        order); ``statistics``: ``searched`` (for other budgets: :meth:`Searched.plan`), ``epochs``, ``derived``,
-        ``attention``.
+        order); ``statistics``: ``searched`` (for other budgets: :meth:`Searched.plan`), ``epochs``,
+        ``candidates`` (unit -> names of its candidates), ``derived``, ``attention``.
 
     Raises:
         CriterionError: no data. InputError: a wrong option. BudgetError: the narrowest network is above the budget.
@@ -93,6 +94,7 @@ def dcpa(
     found = {
         "searched": searched,
         "epochs": tuple(searched.reports),
+        "candidates": names_of(searched.space),
         "derived": derived,
         "attention": explain(searched.policy),
     }

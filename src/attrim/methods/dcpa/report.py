@@ -8,8 +8,14 @@ import torch
 
 from attrim.methods.dcpa.objective import entropy
 from attrim.methods.dcpa.policy import Policy
+from attrim.methods.dcpa.widths import SearchSpace
 
-__all__ = ["describe", "explain"]
+__all__ = ["candidates", "describe", "explain"]
+
+
+def candidates(space: SearchSpace) -> dict[str, list[str]]:
+    """Unit -> names of its candidates, in the order of the probabilities that :func:`describe` gives."""
+    return {unit.name: list(unit.names) for unit in space.units}
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from attrim.methods.dcpa.levels import by_threshold, uniform
 from attrim.methods.dcpa.options import DcpaOptions
 from attrim.methods.dcpa.policy import Policy
 from attrim.methods.dcpa.prices import Prices
+from attrim.methods.dcpa.report import candidates
 from attrim.methods.dcpa.search import Data, Search, SearchNet
 from attrim.methods.dcpa.stage2 import remeasured
 from attrim.methods.dcpa.supernet import Supernet
@@ -124,6 +125,7 @@ class Searched:
             "step": "search space", "groups": len(space.groups), "units": len(space.units), "kind": self.kind,
             "parameters": sum(p.numel() for p in self.policy.parameters()),
         }  # fmt: skip
+        begin["candidates"] = candidates(space)
         begin |= {"refused": dict(self.refused)} if self.refused else {}
         end = {
             "step": "derived", "repairs": derived.moved, "slack": derived.slack, "widths": dict(derived.kept),

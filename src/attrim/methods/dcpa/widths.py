@@ -33,12 +33,14 @@ class Unit:
         groups: whose widths it chooses, all by one index.
         widths: shape ``(K, len(groups))``; candidate widths, rising; row 0 is zero where ``branch`` is set.
         branch: what candidate 0 drops, or None.
+        names: of the candidates, for people: "drop", then the kept fraction that gives the widths ("37.5 %").
     """
 
     name: str
     groups: tuple[str, ...]
     widths: IntArray
     branch: str | None = None
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -164,7 +166,7 @@ def make_space(
     if not names and not inner:
         raise BudgetError("no group is left to search: all are frozen, refused, or as narrow as their floors.")
     if by_channel:
-        alone = tuple(Unit(id, (), np.zeros((2, 0), np.int64), id) for id in inner)
+        alone = tuple(Unit(id, (), np.zeros((2, 0), np.int64), id, ("drop", "100 %")) for id in inner)
         return SearchSpace(channels, alone, tuple(names), floors, step)
     inside = {g for members in inner.values() for g in members}
     parts = [(id, members) for id, members in inner.items()]
@@ -174,11 +176,11 @@ def make_space(
     units = []
     for branch, members in parts:
         columns = [_widths(channels[g].size, floors[g], step, wanted) for g in members]
-        table = np.unique(np.stack(columns, axis=1), axis=0) if columns else np.zeros((1, 0), np.int64)
+        table, found = _rows(columns, wanted)
         if branch:
-            table = np.concatenate([np.zeros((1, len(members)), np.int64), table])
+            table, found = np.concatenate([np.zeros((1, len(members)), np.int64), table]), ("drop", *found)
         if len(table) > 1:
-            units.append(Unit(branch or members[0], members, table, branch or None))
+            units.append(Unit(branch or members[0], members, table, branch or None, found))
     return SearchSpace(channels, tuple(units), (), floors, step)
 
 
@@ -216,6 +218,15 @@ def _together(names: Sequence[str], share: Share) -> list[tuple[str, ...]]:
     for name in names:
         blocks.setdefault(name.rpartition(".")[0] or name, []).append(name)
     return [tuple(members) for members in blocks.values()]
+
+
+def _rows(columns: Sequence[IntArray], ratios: Sequence[float]) -> tuple[IntArray, tuple[str, ...]]:
+    """Different candidates, narrowest first, each with the largest ratio that gives it."""
+    if not columns:
+        return np.zeros((1, 0), np.int64), ("100 %",)
+    table, place = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+    largest = dict(zip(place.reshape(-1).tolist(), ratios, strict=True))  # ratios rise, the last one stays
+    return table, tuple(f"{100 * largest[k]:g} %" for k in range(len(table)))
 
 
 def _widths(size: int, floor: int, step: int, ratios: Sequence[float]) -> IntArray:

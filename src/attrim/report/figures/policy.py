@@ -22,7 +22,7 @@ _COLUMNS = 120
 
 def policy_map(
     moments: Mapping[Any, Mapping[str, Sequence[float] | Mapping[str, float]]],
-    candidates: Sequence[str] | None = None,
+    candidates: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     *,
     title: str = "Probability of each width",
 ) -> Picture:
@@ -32,18 +32,23 @@ def policy_map(
         moments: epoch (or any name) -> block -> probabilities of its candidates, in [0, 1]; the same blocks each time.
             Either in order, or name of the candidate -> probability, where not all blocks have the same ones; what a
             block does not have is grey.
-        candidates: names of all candidates in order, such as ``["drop", "25 %", "50 %", "100 %"]``; by default as the blocks
-            name them, else their numbers from 1 on.
+        candidates: names of all candidates in order, such as ``["drop", "25 %", "50 %", "100 %"]``; or block -> names of
+            its own, as ``statistics["candidates"]`` of DCP-A; by default as the blocks name them, else their numbers
+            from 1 on.
         title: heading.
 
     Raises:
         InputError: no moments or blocks, probabilities outside [0, 1], or blocks that differ.
 
     Example:
-        >>> policy_map({e["epoch"]: e["probabilities"] for e in reports[::10]}, widths).save("policy.svg")
+        >>> found = result.outcome.statistics
+        >>> moments = {e["epoch"]: e["probabilities"] for e in found["epochs"][::10]}
+        >>> policy_map(moments, found["candidates"]).save("policy.svg")
     """
     moments = filled("moments", moments)
     blocks = list(filled("the first moment", next(iter(moments.values()))))
+    if isinstance(candidates, Mapping):
+        moments, candidates = _named(moments, candidates)
     if any(isinstance(row, Mapping) for rows in moments.values() for row in rows.values()):
         moments, candidates = _in_order(moments, candidates)
     tables = [_table(str(name), rows, blocks) for name, rows in moments.items()]
@@ -74,6 +79,28 @@ def policy_map(
             "candidate width, the narrowest first" if candidates is None else "candidate width", fontsize=9
         )
         return finish(figure, title, _policy_words(moments, tables, blocks, labels))
+
+
+def _named(
+    moments: Mapping[Any, Mapping[str, Any]], names: Mapping[str, Sequence[str]]
+) -> tuple[dict[Any, dict[str, dict[str, float]]], list[str]]:
+    """Rows by name of the candidate, and all names in an order that is that of every block."""
+    missing = [block for rows in moments.values() for block in rows if block not in names]
+    if missing:
+        raise InputError(f"candidates: expected names for every block, found none for '{missing[0]}'.")
+    order: list[str] = []
+    for own in sorted(names.values(), key=len, reverse=True):
+        place = 0
+        for name in own:
+            if name not in order:
+                order.insert(place, name)
+            place = order.index(name) + 1
+    named: dict[Any, dict[str, dict[str, float]]] = {}
+    for moment, rows in moments.items():
+        for block, row in rows.items():
+            same_length(f"candidates of '{block}'", names[block], "its probabilities", len(row))
+        named[moment] = {block: dict(zip(names[block], row, strict=True)) for block, row in rows.items()}
+    return named, order
 
 
 def _in_order(
