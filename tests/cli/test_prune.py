@@ -43,6 +43,34 @@ def test_trace_shows_groups_pins_and_costs(call, net):
     assert f"{macs:,} MACs for an input of 2x3x8x8, 858 parameters" in said.out
 
 
+RESIDUAL = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.pool = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.MaxPool2d(3, 1, 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv(x)
+        return self.head((x + self.pool(x)).mean((2, 3)))
+"""
+
+
+def test_trace_shows_branches_that_can_go_and_why_others_cannot(call, net, tmp_path):
+    (tmp_path / "residual.py").write_text(RESIDUAL)
+    said = call("trace", f"{tmp_path / 'residual.py'}:Net", "--input", "1x3x8x8")
+    assert said.status == 0
+    assert "1 residual branch that can be dropped whole" in said.out
+    rows = [line.split() for line in said.out.splitlines()]
+    assert ["conv", "36.86", "k", "96.0%", "yes", "the", "input"] in rows
+    assert "1 sum of which no side can be dropped" in said.out
+    assert "no parameter lies" in said.out
+    assert "dropped" not in call("trace", net, "--input", "1x3x8x8").out
+
+
 def test_trace_explains_a_tensor(call, net):
     said = call("trace", net, "--input", "1x3x8x8", "--explain", "conv2.weight", "--explain", "bn1.bias:0")
     assert said.status == 0

@@ -44,7 +44,7 @@ class Linear(nn.Module):
         self.stem, self.shown = nn.Conv2d(3, 6, 1), shown
         self.one = Add(nn.Conv2d(6, 7, 1), nn.ReLU(), nn.Conv2d(7, 6, 1))
         self.two = Add(nn.Conv2d(6, 6, 1))
-        self.head = nn.Conv2d(6, 4, 3)
+        self.head = nn.Sequential(nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
 
     def forward(self, x: Tensor) -> Any:
         x = self.one(self.stem(x))
@@ -139,7 +139,9 @@ def test_the_block_before_takes_over_what_is_linear_in_what_it_makes(options: di
 def test_a_stem_takes_over_a_linear_block_exactly() -> None:
     data = batches(8, 3, 6, 6)
     linear: Any = filled(
-        nn.Sequential(nn.Conv2d(3, 6, 1), Add(nn.Conv2d(6, 6, 1)), nn.ReLU(), nn.Conv2d(6, 4, 3))
+        nn.Sequential(
+            nn.Conv2d(3, 6, 1), Add(nn.Conv2d(6, 6, 1)), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)
+        )
     ).double()
     small, plan = shorter(linear.eval(), data[0], ["1"])
     fitted: Any = quiet(reconstruct, linear, small, plan, data, **EXACT)
@@ -157,6 +159,16 @@ def test_a_value_that_others_still_read_keeps_its_meaning_and_the_layer_behind_t
         (out, between), (expected, kept) = fitted(data[0]), model(data[0])
     assert (between - kept).abs().max() <= 1e-12
     assert (out - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_a_block_before_the_classifier_is_left_to_the_classifier() -> None:
+    model = calibrated(Tower(Pre))
+    data = [pictures(32, i) for i in range(3)]
+    small, plan = shorter(model, data[0][:2], ["blocks.2"])
+    for options in ({}, {"layers": "consumers"}):
+        fits: list[Refit] = []
+        quiet(reconstruct, model, small, plan, data, on_layer=fits.append, **options)
+        assert [fit.tensor for fit in fits if fit.ridge] == ["head.weight"]
 
 
 @pytest.mark.parametrize("drops", [["layers.1"], ["layers.2"], ["layers.1", "layers.4", "layers.5"]], ids=str)
@@ -242,10 +254,10 @@ def test_a_way_that_ends_elsewhere_without_the_branch_is_followed_as_far_as_both
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.block = nn.Conv2d(3, 8, 3, padding=1), Pre(8)
-            self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+            self.norm, self.conv, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(F.relu(self.norm(self.block(self.stem(x)))).mean((2, 3)))
+            return self.head(self.conv(F.relu(self.norm(self.block(self.stem(x))))).relu().mean((2, 3)))
 
     model = calibrated(Short())
     data = [pictures(32, i) for i in range(3)]
@@ -254,6 +266,6 @@ def test_a_way_that_ends_elsewhere_without_the_branch_is_followed_as_far_as_both
     with warnings.catch_warnings():
         warnings.simplefilter("error", AttrimWarning)
         fitted = reconstruct(model, small, plan, data, on_layer=fits.append)
-    assert [fit.tensor for fit in fits] == ["stem.weight", "head.weight"]
+    assert [fit.tensor for fit in fits] == ["stem.weight", "conv.weight", "head.weight"]
     assert output_gap(model, fitted, [pictures(64, 99)]) < 0.7 * output_gap(model, small, [pictures(64, 99)])
     assert not set(named_tensors(fitted).tensors) & {"block.conv1.weight"}

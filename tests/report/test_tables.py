@@ -7,12 +7,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import attrim
 from attrim.core.axes import Axis
 from attrim.core.channels import PinnedAxis, Reason
-from attrim.report import Figures, Table, channel_table, comparison_table, pinned_table
+from attrim.report import (
+    Figures,
+    Table,
+    branch_table,
+    channel_table,
+    comparison_table,
+    pinned_table,
+    sum_table,
+)
 from attrim.report.tables import quantity
 
 TABLE = Table("t", ("name", "n"), (("x", "1"), ("long", "12")), frozenset({1}))
@@ -78,3 +86,42 @@ def test_one_line_of_code_in_many_modules_is_one_row():
         ),
         ("d.w:0 (2 of 4)", "", "other (aten.unbind.int, in module 'd', at vit.py:12)"),
     )
+
+
+class Sums(nn.Module):
+    """A branch in a branch, a projection that stays, and two sums without a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)
+        self.inner, self.project, self.wide = (
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Conv2d(4, 5, 1),
+            nn.Conv2d(4, 5, 3, padding=1),
+        )
+        self.pool = nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h = self.up(x)
+        x = x + self.down(h + self.inner(h))
+        x = x + self.pool(x)
+        x = x.relu() + self.pool(x)
+        return self.project(x) + self.wide(x)
+
+
+def test_branches_with_what_they_save_and_sums_without() -> None:
+    channels = attrim.trace(Sums(), torch.zeros(1, 3, 5, 5))
+    table = branch_table(channels)
+    assert table.title == "3 residual branches that can be dropped whole"
+    whole = channels.cost.macs()
+    inner = 6 * 6 * 9 * 25
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["inner"] == (f"{inner / 1e3:.2f} k", f"{inner / whole:.1%}", "yes", "the input, inside up")
+    assert rows["wide"][-1] == "its shortcut"
+    outer = inner + 2 * 4 * 6 * 25
+    assert rows["up"] == (f"{outer / 1e3:.2f} k", f"{outer / whole:.1%}", "yes", "the input")
+    sums = sum_table(channels)
+    assert sums.title == "2 sums of which no side can be dropped"
+    ((where, more, _, why),) = sums.rows
+    assert (where, more, why) == ("the model", "+1", "not a branch: no parameter lies on one of its sides alone")

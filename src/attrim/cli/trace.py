@@ -11,7 +11,7 @@ from attrim.cli.inputs import example, pick_device
 from attrim.cli.models import Built, build
 from attrim.cli.screen import say, show
 from attrim.errors import InputError
-from attrim.report.tables import channel_table, pinned_table
+from attrim.report.tables import branch_table, channel_table, pinned_table, sum_table
 from attrim.trace import trace as find_channels
 
 __all__ = ["input_of", "trace"]
@@ -30,7 +30,7 @@ def trace(
     device: options.Device = "cpu",
     debug: options.Debug = False,
 ) -> None:
-    """Show the channel groups of a network, the parts that must stay with the reason, MACs and parameters.
+    """Show the channel groups of a network, the residual branches that can be dropped, what must stay and why, and its costs.
 
     **Examples**
 
@@ -52,6 +52,10 @@ def trace(
             say(channels.explain(tensor))
         return
     show(channel_table(channels))
+    if channels.branches:
+        show(branch_table(channels))
+    if channels.sums:
+        show(sum_table(channels))
     if channels.pinned:
         show(pinned_table(channels))
     say(f"{channels.cost.macs():,} MACs for an input of {shape}, {channels.cost.params():,} parameters")

@@ -55,6 +55,8 @@ def fold_bias(
     bias and weight as mean and standard deviation; concatenations, flattening and average pooling in between are
     followed.
 
+    Of a residual branch that the plan drops nothing is folded.
+
     Call it right after the cut. A recalibrated batch norm has made good the same loss already and folding would make it
     good twice; recalibrating or reconstructing afterwards is fine and leaves nothing of it.
 

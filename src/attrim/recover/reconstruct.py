@@ -50,7 +50,7 @@ def reconstruct(
     afterwards changes little. Convolutions (grouped and depthwise too) and matrix products are found where the operators
     run, not by their module type.
 
-    Call it right after the cut; recalibration is not needed before. Both networks run in eval mode.
+    Layers around a dropped branch take over from it (``docs/branches.md``). Call it right after the cut; both run in eval mode.
 
     Memory: the calibration inputs; up to ``memory`` bytes of activations of the pruned network while its forward passes
     wait for each other (more would be needed: every layer restarts the passes instead, which takes about half as many
@@ -63,7 +63,7 @@ def reconstruct(
         batches: inputs like those of training, with augmentation; labels are ignored. Under ``torch.distributed``
             every process gives its own share, and all get the same result.
         sequence: False fits each layer alone, to inputs from the dense network.
-        layers: ``all``, or only the ``consumers`` of removed channels.
+        layers: ``all``, or only the ``consumers`` of removed channels and the layers before dropped branches.
         samples: stop after the batch that reaches this many; None takes them all.
         rectify: False meets values below zero before a ReLU like all others.
         ridges: dampings to choose from, as fractions of the inputs' mean square, ascending.

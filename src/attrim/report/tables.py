@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attrim.core.channels import ChannelMap, PinnedAxis
+from attrim.core.channels import ChannelMap, PinnedAxis, Reason
 
-__all__ = ["Figures", "Table", "channel_table", "comparison_table", "pinned_table", "quantity"]
+__all__ = [
+    "Figures",
+    "Table",
+    "branch_table",
+    "channel_table",
+    "comparison_table",
+    "pinned_table",
+    "quantity",
+    "sum_table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,35 @@ def pinned_table(channels: ChannelMap) -> Table:
     rows = tuple((_part(pins[0]), f"+{len(pins) - 1}" if pins[1:] else "", _reason(pins)) for pins in found.values())
     title = f"{len(channels.pinned)} axes that stay, in whole or in part"
     return Table(title, ("axis", "more", "reason"), rows, frozenset({1}))
+
+
+def branch_table(channels: ChannelMap) -> Table:
+    """One row per residual branch that can be dropped: its id, the MACs that it alone saves, whether that is exact, what
+    stays in its block, and the branch that contains it."""
+    whole = channels.cost.macs()
+    rows = []
+    for branch in channels.branches:
+        saved = whole - channels.cost.macs(drops=[branch.id])
+        exact = "yes" if branch.exact else _causes(branch.effects)
+        stays = "the input" if branch.shortcut == "identity" else "its shortcut"
+        also = f", inside {branch.inside}" if branch.inside else ""
+        rows.append((branch.id, quantity(saved), f"{saved / whole:.1%}" if whole else "", exact, stays + also))
+    many = "branch" if len(rows) == 1 else "branches"
+    title = f"{len(rows)} residual {many} that can be dropped whole"
+    return Table(title, ("branch", "MACs saved", "of all", "exact", "what stays"), tuple(rows), frozenset({1, 2}))
+
+
+def sum_table(channels: ChannelMap) -> Table:
+    """Sums of which no side can be dropped, one row per reason: the module of one, how many more, and why."""
+    found: dict[str, list[Reason]] = {}
+    for reason in channels.sums:
+        found.setdefault(reason.text, []).append(reason)
+    rows = tuple(
+        (same[0].module or "the model", f"+{len(same) - 1}" if same[1:] else "", same[0].source, text)
+        for text, same in found.items()
+    )
+    title = f"{len(channels.sums)} sum{'' if len(channels.sums) == 1 else 's'} of which no side can be dropped"
+    return Table(title, ("in", "more", "at", "reason"), rows, frozenset({1}))
 
 
 def _part(pin: PinnedAxis) -> str:

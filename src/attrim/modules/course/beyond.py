@@ -25,8 +25,9 @@ class Beyond:
 
     Attributes:
         sums: unit -> number of the plain sum (from 1, in order of the forward pass) whose value stands, in the dense
-            network, where the pruned network has the unit's own: the sum behind the last dropped branch.
-        absorbing: units whose place of comparison contains what a dropped branch added.
+            network, where the pruned network has the unit's own: the sum behind the last dropped branch. Not where a
+            single unit follows, the classifier: it makes good more by itself.
+        absorbing: units that are to meet what a dropped branch added.
         untouched: units that are compared before any dropped branch begins.
     """
 
@@ -61,9 +62,10 @@ class Stream(Follow):  # type: ignore[no-untyped-call]
         self._depth = self._number = 0
         self._begun = False
         self._joining: list[Key] = []
+        self._arrived: list[Key] = []
         self._before: set[Key] = set()
         self._absorbing: set[Key] = set()
-        self._stages: dict[Key, list[int]] = {}
+        self._stages: dict[Key, list[tuple[int, int]]] = {}
         self._read: dict[Key, int] = {}
         self._values: dict[int, tuple[weakref.ref[Tensor], Key, int]] = {}
         self._branches: dict[int, weakref.ref[Tensor]] = {}
@@ -125,16 +127,20 @@ class Stream(Follow):  # type: ignore[no-untyped-call]
     def beyond(self, outputs: Any) -> Beyond:
         """What was found, once the network has returned ``outputs``."""
         self._note_readers([self._value(t) for t in _flat((outputs,)) if isinstance(t, Tensor)])
-        sums = {}
+        sums: dict[Key, int] = {}
+        absorbing = set(self._absorbing)
         for key, stages in self._stages.items():
             stage = min(self._read.get(key, len(stages)), len(stages))
             if stage:
-                sums[key] = stages[stage - 1]
-        absorbing = frozenset(self._absorbing | set(sums))
-        return Beyond(sums, absorbing, frozenset(self._before - absorbing))
+                number, arrived = stages[stage - 1]
+                behind = self._arrived[arrived:]
+                sums |= {key: number} if len(behind) != 1 else {}
+                absorbing.add(key if len(behind) != 1 else behind[0])
+        return Beyond(sums, frozenset(absorbing), frozenset(self._before - absorbing))
 
     def _note_arrival(self, arrival: Arrival) -> None:
         key = arrival.unit.key
+        self._arrived.append(key)
         if not self._begun:
             self._before.add(key)
         if arrival.unit.join:
@@ -150,7 +156,7 @@ class Stream(Follow):  # type: ignore[no-untyped-call]
         """A branch that goes was added to a unit's value."""
         if stream is not None:
             key = stream[0]
-            self._stages[key].append(self._number)
+            self._stages[key].append((self._number, len(self._arrived)))
             self._set(value, key, len(self._stages[key]))
 
     def _note_readers(self, known: Iterable[tuple[Key, int] | None]) -> None:
