@@ -32,8 +32,8 @@ Metric = Callable[[Any, Any], Any]
 class Objective(Protocol):
     """Anything that is called with the kept count of every group. NaN counts as hopeless.
 
-    :class:`attrim.methods.fast.objective.FastObjective` has two methods more, which are used where they are there:
-    ``judge_one(kept)`` instead of a call, and ``learn`` after each batch.
+    :class:`attrim.methods.fast.objective.FastObjective` has three methods more, which are used where they are there:
+    ``judge_one(kept)`` instead of a call, ``expect`` before each batch and ``learn`` after it.
     """
 
     def __call__(self, kept: Mapping[str, int]) -> float:

@@ -83,6 +83,12 @@ class Judge:
         except (TypeError, ValueError) as error:
             raise InputError(f"objective: expected a float, found {value!r}.") from error
 
+    def expect(self, points: Sequence[Point]) -> None:
+        """Say which candidates come next."""
+        objective = self._made()
+        if hasattr(objective, "expect"):
+            objective.expect([self._kept(point) for point in points])
+
     def learn(self, known: Mapping[Point, Judgement]) -> None:
         """Take in a batch, whoever judged it."""
         if self._objective is None:
@@ -108,7 +114,7 @@ def _judged(value: float, notes: Mapping[str, Any]) -> Judged | None:
     if not {"complete", "samples", "lesson"} <= set(notes):
         return None
     lesson = notes["lesson"]
-    learned = None if lesson is None else (tuple(lesson[0]), tuple(lesson[1]))
+    learned = None if lesson is None else (tuple(lesson[0]), tuple(lesson[1]), tuple(lesson[2]))
     return Judged(value, bool(notes["complete"]), int(notes["samples"]), learned)
 
 
@@ -157,7 +163,7 @@ class Job:
             storage = self.storage[0] if self.storage else open_storage(self.where)
             trials = Trials(storage, self.study, self.space, heartbeat=self.heartbeat, grace=self.grace)
 
-            return carry_out(shared(trials, judge, learn=judge.learn, tick=tick))
+            return carry_out(shared(trials, judge, expect=judge.expect, learn=judge.learn, tick=tick))
 
 
 def search_of(algorithm: str | Search, settings: Mapping[str, Any]) -> Search:
@@ -176,7 +182,7 @@ def search_of(algorithm: str | Search, settings: Mapping[str, Any]) -> Search:
         return SEARCHES[algorithm]
     if algorithm != "neighbourhood":
         raise InputError(f"settings: the search '{algorithm}' has none, found {dict(settings)!r}.")
-    known = ("groups", "delta", "finest", "neighbours", "failures")
+    known = ("groups", "delta", "finest", "neighbours", "failures", "shift")
     if unknown := sorted(set(settings) - set(known)):
         raise InputError(f"settings: expected {', '.join(known)}, found {', '.join(unknown)}.")
     return neighbourhood_with(**settings)
@@ -188,6 +194,7 @@ def _alone(judge: Judge, tick: Callable[[int], None] | None) -> Evaluate:
     def evaluate(points: Sequence[Point]) -> list[float]:
         nonlocal done
         known = {}
+        judge.expect(points)
         for point in points:
             known[point] = judge(point)
             done += 1

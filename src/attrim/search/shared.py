@@ -23,6 +23,7 @@ def shared(
     trials: Trials,
     judge: Callable[[Point], Judgement],
     *,
+    expect: Callable[[Sequence[Point]], None] | None = None,
     learn: Callable[[Mapping[Point, Judgement]], None] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Evaluate:
@@ -34,6 +35,7 @@ def shared(
     Args:
         trials: the study.
         judge: the objective.
+        expect: called before the first candidate of a batch that has to be judged, with all of them that are not known.
         learn: called after each batch with what is known about its candidates, in their order, whoever judged them.
         tick: called at every look, with the number of finished trials; it may raise to end the search.
 
@@ -43,7 +45,7 @@ def shared(
 
     def evaluate(points: Sequence[Point]) -> list[float]:
         order = random.sample(points, len(points))  # so that processes seldom want the same one
-        pause = _SHORTEST
+        pause, expected = _SHORTEST, False
         while True:
             trials.refresh()
             if tick is not None:
@@ -52,6 +54,9 @@ def shared(
             if not left:
                 break
             free = [point for point in left if point not in trials.running]
+            if free and expect is not None and not expected:
+                expect(left)
+                expected = True
             claim = trials.claim(free[0]) if free else None
             if claim is not None:
                 _carry_out(trials, claim, judge)

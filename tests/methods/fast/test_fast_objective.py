@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import attrim
 from attrim.errors import AttrimWarning, DataError, InputError
-from attrim.methods.fast.heldout import HeldOut, few
+from attrim.methods.fast.heldout import HeldOut, few, small_enough
 from attrim.methods.fast.objective import FastObjective
 from attrim.methods.fast.stops import Doubt, Stop, lesson
 from attrim.methods.fast.values import top1
@@ -302,6 +302,53 @@ def test_doubt_is_the_mean_squared_difference_where_it_was_seen() -> None:
     assert doubt.variance(32, 64) == pytest.approx(0, abs=0.05)
     assert doubt.variance(64, 64) == 0.0
     stop = Stop(z=2.0)
-    assert stop.hopeless(torch.zeros(40), best, doubt)
-    assert not stop.hopeless(torch.zeros(1), best, doubt)
-    assert not stop.hopeless(torch.ones(40), best, doubt)
+    assert stop.hopeless(torch.zeros(40), best, doubt, 64)
+    assert not stop.hopeless(torch.zeros(1), best, doubt, 64)
+    assert not stop.hopeless(torch.ones(40), best, doubt, 64)
+
+
+def test_what_the_smaller_calibration_says_is_trusted_as_far_as_it_was_right() -> None:
+    best = torch.ones(64)
+    mine = torch.cat([torch.zeros(16), torch.ones(48)])
+    right, wrong = Doubt(), Doubt()
+    for _ in range(1000):
+        right.learn(lesson(mine, best, (mine[:32], best[:32])))
+        wrong.learn(lesson(mine, best, (1 - mine[:32], best[:32])))  # each answer is another one in the end
+    assert right.luck(32, 64, early=True) == pytest.approx(0, abs=0.1)
+    assert wrong.luck(32, 64, early=True) == pytest.approx(32, rel=0.01)
+    assert wrong.luck(32, 64, early=False) == pytest.approx(0, abs=0.1)
+    stop = Stop(z=2.0)
+    assert stop.hopeless(torch.zeros(8), best, right, 64, early=True)
+    assert not stop.hopeless(torch.zeros(4), best, wrong, 64, early=True)
+    assert stop.promising(torch.ones(8), best[:32], right, 64)
+    assert not stop.promising(torch.ones(2), best[:32], right, 64)  # too few to say
+    assert not stop.promising(torch.zeros(8), best[:32], right, 64)
+
+
+def test_images_are_taken_in_parts_that_fit_into_a_cache() -> None:
+    whole = Batch((torch.arange(20.0).reshape(20, 1),), {}, torch.arange(20), 20, None)
+    parts = small_enough([whole], (1 << 20) / 9, torch.device("cpu"))
+    assert [part.size for part in parts] == [9, 9, 2]
+    assert torch.equal(torch.cat([part.args[0] for part in parts]), whole.args[0])
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+    assert small_enough([whole], 1e9, torch.device("cpu"))[0].size == 8
+    assert small_enough([whole], 1e9, torch.device("meta")) == [whole]
+
+
+def test_the_best_of_a_batch_becomes_the_reference_without_another_run() -> None:
+    case = Case(Residual)
+    objective = case.fast(stop=None)
+    objective(case.points(1)[0])
+    first = case.points(9, seed=1)[1:]
+    found = objective.judge(first)
+    best = first[int(np.argmax([j.value for j in found]))]
+    assert objective.best is not None
+    if objective.best[0] != best:
+        pytest.skip("the first candidate is the best one")
+    last = len(best) - 1
+    near = [(*best[:last], k) for k in range(1, 9) if k != best[last]]
+    before = objective.work
+    found = objective.judge(near)
+    own = 1 - objective._layout.saved(objective._layout.depth(best, near[0]))
+    assert objective.work - before == pytest.approx(own * len(near))  # and nothing for the reference
+    assert [j.value for j in found] == pytest.approx([case.plainly(p) for p in near], abs=1e-12)

@@ -42,10 +42,12 @@ def resumed_everywhere(model: nn.Module, inputs: Any) -> tuple[int, int]:
         if not where.real:
             continue
         kept: dict[Any, Any] = {}
-        with keeping(model, where.real, where.skipped - where.real, changed_later(recording), None, kept):
+        with keeping(
+            dict(model.named_modules()), where.real, where.skipped - where.real, changed_later(recording), None, kept
+        ):
             model(*batch.args, **batch.kwargs)
         for _ in range(2):  # the second time shows whether the first has changed what was kept
-            with resuming(model, where, kept):
+            with resuming(dict(model.named_modules()), where, kept):
                 found = tensors(model(*batch.args, **batch.kwargs))
         tried += 1
         right += all(torch.allclose(a, b, atol=1e-9) for a, b in zip(found, expected, strict=True))
@@ -78,7 +80,7 @@ def test_skipped_modules_do_not_run() -> None:
     recording = record(model, batch_of(x))
     where = boundary(recording, recording.first_use(model)["layers.4.conv2.weight"])
     kept: dict[Any, Any] = {}
-    with torch.no_grad(), keeping(model, where.real, where.skipped - where.real, (), None, kept):
+    with torch.no_grad(), keeping(dict(model.named_modules()), where.real, where.skipped - where.real, (), None, kept):
         model(x)
     ran: list[str] = []
     handles = [
@@ -86,7 +88,7 @@ def test_skipped_modules_do_not_run() -> None:
         for path, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
     ]
-    with torch.no_grad(), resuming(model, where, kept):
+    with torch.no_grad(), resuming(dict(model.named_modules()), where, kept):
         model(x)
     for handle in handles:
         handle.remove()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from attrim.methods.fast.boundary import Boundary
 from attrim.methods.fast.folding import folded
 from attrim.methods.fast.recording import Key
 from attrim.methods.fast.resume import Kept, keeping, resuming
+from attrim.methods.fast.values import all_outputs
 from attrim.modules.batches import Batch, run_batch
 from attrim.recover.moments import Moments
 
-__all__ = ["Candidate", "Keep", "Values"]
+__all__ = ["Candidate", "Keep", "Values", "unlike"]
 
 Values = Callable[[Any, Batch], Tensor]
 """``(outputs, batch) ->`` a value for each sample, shape ``(n,)``; larger is better."""
@@ -47,9 +49,10 @@ class Candidate:
     ) -> None:
         self.network, self.where, self.pairs = network.eval(), where, pairs
         self._calibration, self._held = calibration, held
+        self._modules = dict(network.named_modules())
         self.norms: dict[str, Any] = {
             path: module
-            for path, module in network.named_modules()
+            for path, module in self._modules.items()
             if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
         }
         for norm in self.norms.values():
@@ -75,28 +78,49 @@ class Candidate:
             norm.eval()
         self._moments.write()
 
-    @torch.no_grad()
-    def values(
-        self, batches: Sequence[Batch], begin: int, end: int, value: Values, keep: Keep | None = None
-    ) -> list[Tensor]:
-        """Values of the samples of ``batches[begin:end]``, a tensor for each batch."""
+    def values(self, batches: Sequence[Batch], value: Values, keep: Keep | None = None) -> Generator[Tensor]:
+        """Values of the samples, batch after batch: whoever has seen enough closes the iterator."""
         with folded(self.network, self.pairs):
-            return [
-                value(self._run(batches[number], self._held, number, keep), batches[number])
-                for number in range(begin, end)
-            ]
+            for number, batch in enumerate(batches):
+                with torch.no_grad():
+                    found = value(self._run(batch, self._held, number, keep), batch)
+                yield found
 
     def _run(self, batch: Batch, stored: Sequence[Mapping[Key, Any]], number: int, keep: Keep | None) -> Any:
         if keep is not None:
-            with keeping(self.network, keep.wanted, keep.shapes, keep.fragile, self.where, keep.into(number)):
+            with keeping(self._modules, keep.wanted, keep.shapes, keep.fragile, self.where, keep.into(number)):
                 return self._resumed(batch, stored, number)
         return self._resumed(batch, stored, number)
 
     def _resumed(self, batch: Batch, stored: Sequence[Mapping[Key, Any]], number: int) -> Any:
         if self.where is None:
             return run_batch(self.network, batch)
-        with resuming(self.network, self.where, stored[number]):
+        with resuming(self._modules, self.where, stored[number]):
             return run_batch(self.network, batch)
+
+
+def unlike(whole: Candidate, boundaries: Sequence[Boundary], batch: Batch, kept: Mapping[Key, Any]) -> set[int]:
+    """Numbers of the boundaries from which a network does not give what it gives as a whole.
+
+    Args:
+        whole: a candidate that is run from its beginning.
+        boundaries: to be tried.
+        batch: what it is tried on.
+        kept: its outputs on that batch.
+    """
+    expected = torch.cat(list(whole.values([batch], all_outputs)))
+    wrong = set()
+    for number, where in enumerate(boundaries):
+        resumed = copy.copy(whole)
+        resumed.where, resumed._held = where, [kept]
+        try:
+            found = torch.cat(list(resumed.values([batch], all_outputs)))
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            wrong.add(number)
+            continue
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True):
+            wrong.add(number)
+    return wrong
 
 
 class Keep:

@@ -12,7 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from attrim.modules.batches import Batch
 
-__all__ = ["HeldOut", "few"]
+__all__ = ["HeldOut", "batches_for", "few", "small_enough"]
+
+_CACHE, _FEWEST = 1 << 20, 8
+"""Bytes of the largest activation in an evaluation on a processor, and the fewest samples; ResNet-56 ran 1.2 times as fast
+on 16 images at a time as on 128."""
 
 
 class HeldOut:
@@ -75,6 +79,32 @@ def few(batch: Batch, samples: int = 2) -> Batch:
     if joined is None or batch.size <= samples:
         return batch
     return replace(batch, size=samples, **_part(joined, torch.arange(samples, device=_device(joined))))
+
+
+def small_enough(batches: Sequence[Batch], widest: float, device: torch.device) -> list[Batch]:
+    """Parts whose activations fit into a processor's cache; other devices take batches as they come."""
+    if device.type != "cpu":
+        return list(batches)
+    samples = max(_FEWEST, int(_CACHE / max(1.0, widest)))
+    return [part for batch in batches for part in _divided(batch, samples)]
+
+
+def batches_for(batches: Sequence[Batch], samples: float) -> int:
+    """How many batches hold so many samples; at least one."""
+    seen, number = 0, 0
+    while seen < samples and number < len(batches):
+        seen += batches[number].size
+        number += 1
+    return max(1, number)
+
+
+def _divided(batch: Batch, samples: int) -> list[Batch]:
+    """The batch in parts of so many samples, where every tensor holds one entry for each sample; otherwise as it is."""
+    joined = _joined([batch])
+    if joined is None or batch.size <= samples:
+        return [batch]
+    places = torch.split(torch.arange(batch.size, device=_device(joined)), samples)
+    return [replace(batch, size=len(place), **_part(joined, place)) for place in places]
 
 
 def _joined(batches: Sequence[Batch]) -> Mapping[str, Any] | None:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +17,13 @@ from torch.utils._pytree import tree_map_only
 from attrim.core.channels import ChannelMap
 from attrim.core.scores import Scores
 from attrim.errors import AttrimWarning, DataError, InputError
-from attrim.methods.fast.boundary import Boundary
-from attrim.methods.fast.candidate import Candidate, Keep, Values
+from attrim.methods.fast.candidate import Candidate, Keep, Values, unlike
 from attrim.methods.fast.folding import foldable
-from attrim.methods.fast.heldout import HeldOut, few
-from attrim.methods.fast.recording import Key, record
-from attrim.methods.fast.reference import Layout, Reference, keep_for, lay_out
+from attrim.methods.fast.heldout import HeldOut, batches_for, few, small_enough
+from attrim.methods.fast.recording import record
+from attrim.methods.fast.reference import Keeping, Layout, Reference, lay_out
 from attrim.methods.fast.stops import Doubt, Stop, lesson
-from attrim.methods.fast.values import Judged, all_outputs, given_up, top1, with_clearness
+from attrim.methods.fast.values import Judged, given_up, top1, with_clearness
 from attrim.modules.batches import Batch, batch_source, device_of, read_batch
 from attrim.search.decide import plan_from_kept
 from attrim.search.space import Point
@@ -64,7 +64,7 @@ class FastObjective:
         values: ``(outputs, batch) ->`` what counts, for each sample, shape ``(n,)``, larger is better; or ``(n, 2)`` with
             how clear the case is beside it. :func:`top1` unless told otherwise.
         stop: when to give up; None judges every candidate whole.
-        memory: bytes that kept activations may take; 0 keeps none.
+        memory: bytes that all kept activations together may take; 0 keeps none.
         channels_last: whether images and weights are laid out that way, which most processors prefer.
 
     Raises:
@@ -86,7 +86,7 @@ class FastObjective:
         *,
         values: Values = top1,
         stop: Stop | None = Stop(),  # noqa: B008  (frozen)
-        memory: int = 2 << 30,
+        memory: int = 3 << 30,
         channels_last: bool = True,
     ) -> None:
         self._model = copy.deepcopy(model).eval()
@@ -98,22 +98,27 @@ class FastObjective:
             group: values.argsort(descending=True, stable=True).tolist() for group, values in scores.values.items()
         }
         self._calibration = self._held(calibration, "calibration")
-        self._holdout = HeldOut(self._held(holdout, "holdout"))
-        some = few(self._holdout.batches[0])
+        held = self._held(holdout, "holdout")
+        some = few(held[0])
         recording = record(self._model, some)
+        self._holdout = HeldOut(small_enough(held, recording.widest() / some.size, device_of(self._model)))
         self._pairs = foldable(self._model, recording)
         use = recording.first_use(self._model)
         first = [min(use[m.axis.tensor] for m in channels[g].members) for g in channels.cost.groups]
         images = sum(b.size for b in self._calibration) + self._holdout.samples
-        self._layout: Layout = lay_out(recording, first, some.size, images, memory)
+        self._layout: Layout = lay_out(
+            recording, first, some.size, images, memory // 3
+        )  # two of them, and one in the making
         self._checked = self._sorted = False
         self._reference: Reference | None = None
+        self._ready: tuple[Reference, float] | None = None
         self._known: dict[Point, Judged] = {}
         self._recent: deque[Point] = deque(maxlen=_RECENT)
+        self._early: dict[Point, Tensor] = {}
+        self._expected: set[Point] = set()
         self._answers: dict[Point, Tensor] = {}
         self._first: Point | None = None
         self._best: Point | None = None
-        self._early: dict[Point, Tensor] = {}
         self._doubt = Doubt()
         self.work = 0.0
 
@@ -136,8 +141,7 @@ class FastObjective:
             InputError: counts that the network cannot keep.
         """
         points = [self._point(kept) for kept in candidates]
-        if len(points) > 1:
-            self._aim(points)
+        self.expect(points)
         found = {point: self._known[point] for point in points if point in self._known}
         for point in points:
             if point not in found:
@@ -158,8 +162,24 @@ class FastObjective:
         point = self._point(kept)
         self._sort()
         self._recent.append(point)
-        self._aim(list(self._recent))
+        if point not in self._expected:
+            self._aim(list(self._recent))
         return self._judge(point, None if exact else self._best)
+
+    def expect(self, candidates: Sequence[Kept]) -> None:
+        """Say which candidates come next, so that the reference can be chosen for all of them; changes no value.
+
+        Args:
+            candidates: kept counts. One alone says nothing.
+
+        Raises:
+            InputError: counts that the network cannot keep.
+        """
+        points = [point for kept in candidates if (point := self._point(kept)) not in self._known]
+        self._expected = set(points) if len(points) > 1 else set()
+        if self._expected:
+            self._sort()
+            self._aim(points)
 
     def learn(self, found: Mapping[Point, Judged], eligible: Callable[[Point], bool] = lambda point: True) -> None:
         """Take in results, in their order, from here or elsewhere.
@@ -187,7 +207,7 @@ class FastObjective:
         if self._sorted or self._first is None:
             return
         self._holdout.sort(self._answered(self._first)[:, 1])
-        self._sorted, self._early, self._reference = True, {}, None
+        self._sorted, self._early, self._reference, self._ready = True, {}, None, None
 
     def _answered(self, point: Point) -> Tensor:
         """A candidate's values in the order in which the samples came; it is judged whole if they are not at hand."""
@@ -198,23 +218,38 @@ class FastObjective:
     def _judge(self, point: Point, rival: Point | None) -> Judged:
         """Judge a candidate against another one, or alone."""
         best = None if rival is None else self._holdout.present(self._answered(rival))[:, 0]
-        early = None if rival is None else self._early_values(rival)
+        early: tuple[Tensor, Tensor] | None = None
         candidate, depth = self._candidate(point)
+        keeping = self._keeping(candidate, depth) if self._checked and self._layout.boundaries else None
+        keep = None if keeping is None else keeping.calibration
         self.work += 1 - self._layout.saved(depth)
-        if early is not None and best is not None:
-            mine = self._looked_at_early(candidate, early)
+        if rival is not None and best is not None and self._early_batches(candidate):
+            rivals = self._early_values(rival)
+            mine = self._looked_at_early(candidate, rivals, keep)
             if mine is None:
-                return given_up(candidate.seen, early, best, None)
-            self._early[point] = mine
-        candidate.calibrate(self._calibration, len(self._calibration))
-        answers = self._values_of(candidate, best)
+                return given_up(candidate.seen, rivals, best, None)
+            early = mine, rivals
+        candidate.calibrate(self._calibration, len(self._calibration), keep)
+        answers = self._values_of(candidate, best, None if keeping is None else keeping.held)
         if answers is None and best is not None:
-            return given_up(candidate.seen, best, best, lesson(candidate.seen, best))
+            return given_up(candidate.seen, best, best, lesson(candidate.seen, best, early))
         if answers is None or not answers.numel():
             raise DataError("holdout: no label >= 0 in the batches, so there is nothing to compare with.")
         self._answers[point] = self._holdout.arrived(answers)
-        learned = None if best is None else lesson(answers[:, 0], best)
-        return Judged(float(answers[:, 0].double().mean()), True, len(answers), learned)
+        learned = None if best is None else lesson(answers[:, 0], best, early)
+        judged = Judged(float(answers[:, 0].double().mean()), True, len(answers), learned)
+        if keeping is not None and judged.value > self._bar():
+            self._ready = keeping.reference(point), judged.value
+        return judged
+
+    def _bar(self) -> float:
+        """The value above which a candidate may be the next reference."""
+        known = [] if self._best is None else [self._known[self._best].value]
+        return max([*known, *([] if self._ready is None else [self._ready[1]])], default=float("-inf"))
+
+    def _keeping(self, candidate: Candidate, depth: int) -> Keeping:
+        calibrated = len(self._calibration) if candidate.norms else 0
+        return Keeping(self._layout, depth, self._reference, calibrated, len(self._holdout.batches))
 
     def _early_batches(self, candidate: Candidate) -> int:
         """Calibration batches before the first look; 0 where there is none."""
@@ -223,54 +258,58 @@ class FastObjective:
         first = max(1, round(self._stop.first * len(self._calibration)))
         return first if first < len(self._calibration) else 0
 
-    def _looked_at_early(self, candidate: Candidate, rival: Tensor | None) -> Tensor | None:
-        """Values of the first samples on the smaller calibration; None once the candidate is to be given up."""
-        candidate.calibrate(self._calibration, self._early_batches(candidate))
+    def _early_values(self, rival: Point) -> Tensor:
+        """What the best candidate answers on the smaller calibration.
+
+        Only in its second half: that is how much of a candidate is calibrated anew on average, and what the few images do
+        to both should be the same.
+        """
+        if rival not in self._early:
+            candidate, depth = self._candidate(rival, 0.5)
+            candidate.calibrate(self._calibration, self._early_batches(candidate))
+            values = candidate.values(self._early_look(), self._values)
+            self._early = {rival: torch.cat([with_clearness(value)[:, 0] for value in values])}
+            self.work += (1 - self._layout.saved(depth)) * (0.0 if self._stop is None else self._stop.first)
+        return self._early[rival]
+
+    def _early_look(self) -> list[Batch]:
         share = 1.0 if self._stop is None else self._stop.looks
+        return self._holdout.batches[: batches_for(self._holdout.batches, share * self._holdout.samples)]
+
+    def _looked_at_early(self, candidate: Candidate, rival: Tensor, keep: Keep | None) -> Tensor | None:
+        """Values of the first samples on the smaller calibration; None once the candidate is to be given up."""
+        candidate.calibrate(self._calibration, self._early_batches(candidate), keep)
         found: list[Tensor] = []
-        for number in range(_batches_for(self._holdout.batches, share * self._holdout.samples)):
-            found += [
-                with_clearness(v)[:, 0]
-                for v in candidate.values(self._holdout.batches, number, number + 1, self._values)
-            ]
-            mine = torch.cat(found)
-            if self._stop is None or rival is None:
-                continue
-            if self._stop.hopeless(mine, rival, self._doubt, self._holdout.samples):
-                candidate.seen = mine
-                return None
+        with closing(candidate.values(self._early_look(), self._values)) as values:
+            for value in values:
+                found.append(with_clearness(value)[:, 0])
+                mine = torch.cat(found)
+                if self._stop is None or self._stop.promising(mine, rival, self._doubt, self._holdout.samples):
+                    break
+                if self._stop.hopeless(mine, rival, self._doubt, self._holdout.samples, early=True):
+                    candidate.seen = mine
+                    return None
         return torch.cat(found)
 
-    def _early_values(self, point: Point) -> Tensor | None:
-        """A candidate's values of the first samples on the smaller calibration; None where there is no such look."""
-        if self._stop is None:
-            return None
-        if point not in self._early:
-            candidate, depth = self._candidate(point)
-            if not self._early_batches(candidate):
-                return None
-            self.work += (1 - self._layout.saved(depth)) * self._stop.first
-            found = self._looked_at_early(candidate, None)
-            self._early[point] = torch.empty(0) if found is None else found
-        return self._early[point]
-
-    def _values_of(self, candidate: Candidate, best: Tensor | None) -> Tensor | None:
+    def _values_of(self, candidate: Candidate, best: Tensor | None, keep: Keep | None) -> Tensor | None:
         """Values of all samples, batch by batch; None once the candidate is to be given up."""
         found: list[Tensor] = []
         batches = self._holdout.batches
-        for number in range(len(batches)):
-            found += [with_clearness(v) for v in candidate.values(batches, number, number + 1, self._values)]
-            if self._stop is None or best is None or number + 1 == len(batches):
-                continue
-            mine = torch.cat(found)[:, 0]
-            if self._stop.hopeless(mine, best, self._doubt):
-                candidate.seen = mine
-                return None
+        with closing(candidate.values(batches, self._values, keep)) as values:
+            for value in values:
+                found.append(with_clearness(value))
+                if self._stop is None or best is None or len(found) == len(batches):
+                    continue
+                mine = torch.cat(found)[:, 0]
+                if self._stop.hopeless(mine, best, self._doubt, len(best)):
+                    candidate.seen = mine
+                    return None
         return torch.cat(found)
 
-    def _candidate(self, point: Point) -> tuple[Candidate, int]:
+    def _candidate(self, point: Point, share: float = 1.0) -> tuple[Candidate, int]:
+        """A candidate that begins at the last boundary before its first difference from the reference, or earlier."""
         reference = self._reference
-        depth = 0 if reference is None else self._layout.depth(reference.point, point)
+        depth = 0 if reference is None else int(share * self._layout.depth(reference.point, point))
         where = self._layout.boundaries[depth - 1] if depth else None
         calibration = reference.calibration if reference is not None else []
         held = reference.held if reference is not None else []
@@ -296,47 +335,40 @@ class FastObjective:
         at_hand = 0.0 if now is None else self._savings(now.point, points)
         gain, chosen = 0.0, None
         for known in (p for p, judged in self._known.items() if judged.complete):
-            depth = 0 if now is None else self._layout.depth(now.point, known)
-            extra = self._savings(known, points) - at_hand - (1 - self._layout.saved(depth))
+            extra = self._savings(known, points) - at_hand - self._price(known)
             if extra > gain:
                 gain, chosen = extra, known
         if chosen is not None:
             self._build(chosen)
 
+    def _price(self, point: Point) -> float:
+        """What it costs to make a candidate the reference, in whole runs."""
+        if self._ready is not None and self._ready[0].point == point:
+            return 0.0
+        return 1.0 - (self._layout.saved(self._layout.depth(self._reference.point, point)) if self._reference else 0.0)
+
     def _savings(self, reference: Point, points: Sequence[Point]) -> float:
         return sum(self._layout.saved(self._layout.depth(reference, point)) for point in points)
 
     def _build(self, point: Point) -> None:
+        if self._ready is not None and self._ready[0].point == point:
+            self._reference, self._ready = self._ready[0], None
+            return
         candidate, depth = self._candidate(point)
         self.work += 1 - self._layout.saved(depth)
-        now, batches = self._reference, self._holdout.batches
-        old = (None, None) if now is None else (now.calibration, now.held)
-        calibration = keep_for(self._layout, depth, old[0], len(self._calibration))
-        held = keep_for(self._layout, depth, old[1], len(batches))
-        if not candidate.norms:
-            calibration = Keep(frozenset(), frozenset(), frozenset(), len(self._calibration))
-        candidate.calibrate(self._calibration, len(self._calibration), calibration)
-        candidate.values(batches, 0, len(batches), self._values, held)
-        self._reference = Reference(point, calibration.kept, held.kept)
+        keeping = self._keeping(candidate, depth)
+        candidate.calibrate(self._calibration, len(self._calibration), keeping.calibration)
+        for _ in candidate.values(self._holdout.batches, self._values, keeping.held):
+            pass
+        self._reference = keeping.reference(point)
         if not self._checked:
             self._check(candidate)
 
     def _check(self, whole: Candidate) -> None:
-        """Look whether the reference gives the same from every boundary on; leave out those where it does not."""
-        reference = self._reference
-        if reference is None or whole.where is not None:
+        """Leave out the places from where the reference does not give the same."""
+        if self._reference is None or whole.where is not None:
             return
-        batch = self._holdout.batches[0]
-        expected = torch.cat(whole.values([batch], 0, 1, all_outputs))
-        wrong = set()
-        for number, where in enumerate(self._layout.boundaries):
-            try:
-                found = torch.cat(self._from(whole, where, batch, reference.held[0]))
-            except (RuntimeError, ValueError, TypeError, IndexError):
-                wrong.add(number)
-                continue
-            if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True):
-                wrong.add(number)
+        wrong = unlike(whole, self._layout.boundaries, self._holdout.batches[0], self._reference.held[0])
         if wrong:
             warnings.warn(
                 f"{len(wrong)} of {len(self._layout.boundaries)} places where evaluation could be taken up do not give what "
@@ -346,11 +378,6 @@ class FastObjective:
             )
         self._layout = self._layout.without(wrong)
         self._checked = True
-
-    def _from(self, whole: Candidate, where: Boundary, batch: Batch, kept: Mapping[Key, Any]) -> list[Tensor]:
-        resumed = copy.copy(whole)
-        resumed.where, resumed._held = where, [kept]
-        return resumed.values([batch], 0, 1, all_outputs)
 
     def _held(self, batches: Iterable[Any], name: str) -> list[Batch]:
         device = device_of(self._model)
@@ -365,12 +392,3 @@ class FastObjective:
 
         args, kwargs = tree_map_only(Tensor, laid, (batch.args, dict(batch.kwargs)))
         return replace(batch, args=args, kwargs=kwargs, raw=None)
-
-
-def _batches_for(batches: Sequence[Batch], samples: float) -> int:
-    """How many batches hold so many samples; at least one."""
-    seen, number = 0, 0
-    while seen < samples and number < len(batches):
-        seen += batches[number].size
-        number += 1
-    return max(1, number)

@@ -73,6 +73,10 @@ class Recording:
             found.append(total)
         return found
 
+    def widest(self) -> int:
+        """Bytes of the largest output of a call."""
+        return max((call.nbytes for call in self.calls), default=0)
+
     def first_use(self, model: nn.Module) -> dict[str, int]:
         """Tensor name -> the first operator that can see it: where the module that owns it, or the nearest one round it, begins.
 

@@ -13,7 +13,7 @@ from attrim.methods.fast.recording import Key, Recording
 from attrim.methods.fast.resume import Kept
 from attrim.search.space import Point
 
-__all__ = ["Layout", "Reference", "keep_for", "lay_out"]
+__all__ = ["Keeping", "Layout", "Reference", "lay_out"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,12 +90,31 @@ class Reference:
         self.point, self.calibration, self.held = point, calibration, held
 
 
-def keep_for(layout: Layout, depth: int, before: Sequence[Mapping[Key, object]] | None, batches: int) -> Keep:
+class Keeping:
+    """What a run of a candidate keeps, so that it can become the reference.
+
+    Args:
+        layout: the boundaries.
+        depth: of them, how many lie before the candidate's first difference from ``reference``.
+        reference: what is known before it.
+        calibration, held: how many batches there are; no calibration batches where nothing is calibrated.
+    """
+
+    def __init__(self, layout: Layout, depth: int, reference: Reference | None, calibration: int, held: int) -> None:
+        self.calibration = _keep(layout, depth, None if reference is None else reference.calibration, calibration)
+        self.held = _keep(layout, depth, None if reference is None else reference.held, held)
+
+    def reference(self, point: Point) -> Reference:
+        """The candidate, after its run."""
+        return Reference(point, self.calibration.kept, self.held.kept)
+
+
+def _keep(layout: Layout, depth: int, before: Sequence[Mapping[Key, object]] | None, batches: int) -> Keep:
     """What a run from the last of ``depth`` boundaries has to keep, filled with what is known before it."""
     wanted = frozenset(key for b in layout.boundaries[depth:] for key in b.real)
     shapes = frozenset(key for b in layout.boundaries[depth:] for key in b.skipped) - wanted
     keep = Keep(wanted, shapes, layout.fragile, batches)
-    if before is not None:
+    if before is not None and batches:
         known = {key for b in layout.boundaries[:depth] for key in b.skipped}
         for mine, old in zip(keep.kept, before, strict=True):
             mine.update({key: value for key, value in old.items() if key in known})

@@ -37,7 +37,7 @@ Kept = dict[Key, Any]
 
 @contextmanager
 def keeping(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     wanted: Collection[Key],
     shapes: Collection[Key],
     fragile: Collection[Key],
@@ -47,7 +47,7 @@ def keeping(
     """Keep the outputs of the calls ``wanted``, and the shapes alone of those in ``shapes``, of one forward pass.
 
     Args:
-        model: what runs inside.
+        modules: by path, of what runs inside.
         wanted, shapes: calls.
         fragile: calls whose outputs are copied, because they are changed in place later on.
         where: the boundary at which the pass is taken up, None for a whole one.
@@ -70,7 +70,6 @@ def keeping(
 
         return note
 
-    modules = dict(model.named_modules())
     try:
         handles += [modules[path].register_forward_hook(hook(path)) for path in paths]
         yield
@@ -80,9 +79,8 @@ def keeping(
 
 
 @contextmanager
-def resuming(model: nn.Module, where: Boundary, kept: Mapping[Key, Any]) -> Iterator[None]:
-    """Inside, one forward pass of ``model`` begins at the boundary: skipped calls hand out what was kept."""
-    modules = dict(model.named_modules())
+def resuming(modules: Mapping[str, nn.Module], where: Boundary, kept: Mapping[Key, Any]) -> Iterator[None]:
+    """Inside, one forward pass of the network with these modules begins at the boundary: skipped calls hand out what was kept."""
     before: list[tuple[nn.Module, Any]] = []
     try:
         for path in where.stubbed:
@@ -105,7 +103,10 @@ def _stub(original: Callable[..., Any], path: str, where: Boundary, kept: Mappin
         key = (path, next(remaining))
         if key not in where.skipped:
             return original(*args, **kwargs)
-        out = tree_map_only(Shape, Shape.empty, kept[key])
+        out = kept[key]
+        if isinstance(out, Tensor):
+            return out.clone() if key in where.cloned else out
+        out = tree_map_only(Shape, Shape.empty, out)
         return tree_map_only(Tensor, torch.clone, out) if key in where.cloned else out
 
     return forward
