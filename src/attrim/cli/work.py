@@ -94,7 +94,7 @@ def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
 def _cut(
     run: Run, settings: PruneSettings, budget: Budget | None, start: Before, *, resume: bool
 ) -> tuple[nn.Module, PruningPlan, nn.Module]:
-    """What was cut from (the network, or what a method has made of it), the plan, and the smaller network."""
+    """What to recover towards (the network, or what a method has made of it), the plan, and the smaller network."""
     if start.images is not None:
         judge(run, "dense", start.dense, start.images)
     begin = time.monotonic()
@@ -106,7 +106,7 @@ def _cut(
     judge(run, "cut", result.model, start.images, **_cut_figures(result, time.monotonic() - begin))
     if settings.finetune_epochs:
         _keep_cut(run, result.model, result.plan)
-    return start.dense if outcome is None else outcome.model_to_cut, result.plan, result.model
+    return start.dense if outcome is None else outcome.aim, result.plan, result.model
 
 
 def _pruned(run: Run, settings: PruneSettings, budget: Budget | None, start: Before, resume: bool) -> PruneResult:

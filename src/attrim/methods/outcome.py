@@ -31,6 +31,7 @@ class MethodOutcome:
         log: what happened, in order, each with its ``step`` and figures.
         gates: the trained gates, or None.
         statistics: whatever else was measured, by name.
+        reference: the uncut network that the small one should be like after recovery, where that is not ``model_to_cut``.
     """
 
     plan: PruningPlan
@@ -39,6 +40,12 @@ class MethodOutcome:
     log: tuple[Mapping[str, Any], ...] = ()
     gates: Gates | None = None
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    reference: nn.Module | None = None
+
+    @property
+    def aim(self) -> nn.Module:
+        """What recovery without training fits the small network to."""
+        return self.model_to_cut if self.reference is None else self.reference
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ def prune(
     small = made.small
     if recover is not None and data is not None:
         small = free_recovery(
-            made.base, small, made.plan, data, on_step=lambda name, net, figures: note(name, net, **figures)
+            made.aim, small, made.plan, data, on_step=lambda name, net, figures: note(name, net, **figures)
         )
         if recover == "finetune":
             small = finetune(small, data, **{"teacher": model, **(training or {})})
@@ -184,6 +184,11 @@ class _Cut:
     plan: PruningPlan
     channels: ChannelMap
     outcome: MethodOutcome | None
+
+    @property
+    def aim(self) -> nn.Module:
+        """What recovery fits the small network to."""
+        return self.base if self.outcome is None else self.outcome.aim
 
     def tell(self, note: _Notes, model: nn.Module) -> None:
         """Write down how the cut came about."""

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import attrim
 from attrim.errors import BudgetError, CriterionError, InputError
 from attrim.methods.dcpa import dcpa
+from attrim.methods.dcpa.stage2 import reference
 from attrim.methods.table import METHODS
 from nets import Mobile, Plain, Residual, filled
 
@@ -134,3 +136,39 @@ def test_a_network_without_a_block_is_recovered(recover: Any) -> None:
     assert {own[0] for own in names.values()} == {"drop"}
     with torch.no_grad():
         assert bool(result.model(data[0][0]).isfinite().all())
+
+
+def test_recovery_aims_at_the_better_of_the_given_and_the_searched_network() -> None:
+    data = [(x, torch.zeros(len(x), dtype=torch.int64)) for x, _ in batches(2)]
+    sure, unsure = filled(Residual()).eval(), filled(Residual(), seed=1).train()
+    with torch.no_grad():
+        sure.fc.weight.mul_(0), sure.fc.bias.fill_(-5.0)
+        sure.fc.bias[0] = 5.0
+    assert reference(sure, unsure, data, None, 0) is sure
+    assert reference(unsure, sure, data, None, 0) is sure
+    assert reference(sure, unsure, data, lambda outputs, batch: -F.cross_entropy(outputs, batch[1]), 0) is unsure
+    assert unsure.training
+    assert not sure.training
+    measured = reference(unsure, sure, data, None, 2)
+    assert measured is not sure
+    assert torch.equal(measured.fc.bias, sure.fc.bias)
+    assert not torch.equal(measured.bn1.running_mean, sure.bn1.running_mean)
+
+
+def test_the_fit_is_made_to_that_network_and_the_cut_to_the_searched_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def fit(dense: Any, small: Any, plan: Any, data: Any, **more: Any) -> Any:
+        seen.append(dense)
+        return small
+
+    monkeypatch.setattr("attrim.methods.pipeline.free_recovery", fit)
+    data = batches()
+    for weights in ("search", "given"):
+        result = attrim.prune(
+            filled(Residual()), data[0][0], method="dcpa", budget=attrim.Budget(macs=0.6), data=data, epochs=2, recover="free",
+            weights=weights,
+        )  # fmt: skip
+        assert seen[-1] is result.outcome.aim
+        assert (result.outcome.reference is None) == (weights == "given")
+    assert seen[-1] is result.outcome.model_to_cut

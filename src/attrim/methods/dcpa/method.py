@@ -19,7 +19,7 @@ from attrim.methods.dcpa.report import candidates as names_of
 from attrim.methods.dcpa.report import explain
 from attrim.methods.dcpa.sample import Sampling
 from attrim.methods.dcpa.searched import search_policy
-from attrim.methods.dcpa.stage2 import initialised
+from attrim.methods.dcpa.stage2 import initialised, reference
 from attrim.methods.dcpa.widths import RATIOS, Share
 from attrim.methods.gate_training import GateRun, check_data
 from attrim.methods.outcome import MethodOutcome
@@ -63,7 +63,8 @@ def dcpa(
         others: see :class:`attrim.methods.dcpa.DcpaOptions` and :class:`attrim.methods.gate_training.GateRun`.
 
     Returns:
-        The plan; the network to cut, with the weights that ``weights`` names; scores (for ``space="width"`` the widths'
+        The plan; the network to cut, with the weights that ``weights`` names, and what
+        recovery aims at; scores (for ``space="width"`` the widths'
         order); ``statistics``: ``searched`` (for other budgets: :meth:`Searched.plan`), ``epochs``,
         ``candidates`` (unit -> names of its candidates), ``derived``, ``attention``.
 
@@ -88,7 +89,10 @@ def dcpa(
     searched = search_policy(model, channels, data, budget, options, run, policy_data)
     plan, derived = searched.plan(budget, fine=options.fine)
     source = data if run.augmented is None else run.augmented
-    base = searched.network(plan, source, options.recalibrate) if options.weights == "search" else model
+    base, aim = model, None
+    if options.weights == "search":
+        base = searched.network(plan, source, options.recalibrate)
+        aim = reference(model, searched.base, source, run.loss, options.recalibrate)
     if options.weights == "scratch":
         base = initialised(model, seed)
     found = {
@@ -98,4 +102,4 @@ def dcpa(
         "derived": derived,
         "attention": explain(searched.policy),
     }
-    return MethodOutcome(plan, base, searched.scores(), searched.log(derived), None, found)
+    return MethodOutcome(plan, base, searched.scores(), searched.log(derived), None, found, aim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -14,12 +15,19 @@ from attrim.core.plan import PruningPlan
 from attrim.errors import InputError
 from attrim.methods.dcpa.sample import Draw
 from attrim.methods.dcpa.supernet import Supernet
-from attrim.modules.batches import Batch, run_batch
+from attrim.modules.batches import Batch, batch_source, device_of, read_batch, run_batch
+from attrim.modules.distributed import all_sum
+from attrim.recover.evaluate import restore_modes
 from attrim.recover.finetune import finetune
+from attrim.recover.objective import Objective
 from attrim.recover.recalibrate import recalibrate
+from attrim.recover.recipe import Loss, Recipe
 from attrim.surgery.cut import apply
 
-__all__ = ["Fixed", "initialised", "remeasured", "train_derived"]
+__all__ = ["Fixed", "initialised", "reference", "remeasured", "train_derived"]
+
+_JUDGED = 16
+"""Batches on which two references are compared."""
 
 
 def train_derived(
@@ -54,6 +62,46 @@ def train_derived(
     small = apply(initialised(base, seed) if scratch else base, plan)
     given = {"distill": 0.9, **training} if teacher is not None else training
     return finetune(small, batches, teacher=teacher, seed=seed, **given)
+
+
+def reference(given: nn.Module, base: nn.Module, batches: Iterable[Any], loss: Loss | None, limit: int) -> nn.Module:
+    """The uncut network that recovery without training should aim at: the given one or the searched one, whichever has the
+    lower loss in eval mode.
+
+    The searched network has the batch-norm statistics of the derived widths, with which the whole of it computes nonsense;
+    so it is measured anew. Trained networks are mostly better as they came, as the search has trained with random widths.
+
+    Args:
+        given: as it came.
+        base: as the search has left it.
+        batches: training data.
+        loss: ``(outputs, batch) -> scalar`` instead of cross entropy.
+        limit: batches for batch-norm statistics.
+    """
+    if limit and any(_measures(m) for m in base.modules()):
+        base = recalibrate(base, batches, limit=limit)
+    objective = Objective(Recipe(loss=loss), None)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for raw in islice(batch_source(batches), _JUDGED):
+        batch = read_batch(raw, device_of(given))
+        found = [_loss(model, batch, objective) for model in (given, base)]
+        sums += batch.size * torch.tensor([*found, 1.0], dtype=torch.float64)
+    all_sum(sums)
+    return base if sums[1] < sums[0] else given
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, batch: Batch, objective: Objective) -> float:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return float(objective(run_batch(model, batch), None, batch, model, 1.0).data)
+    finally:
+        restore_modes(modes)
+
+
+def _measures(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
 def initialised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -104,7 +152,7 @@ def remeasured(base: nn.Module, supernet: Supernet, draw: Draw, batches: Iterabl
 
     Needed before inherited weights are used: during the search every batch was another network.
     """
-    if not limit or not any(isinstance(m, _BatchNorm) and m.track_running_stats for m in base.modules()):
+    if not limit or not any(_measures(m) for m in base.modules()):
         return base
     fixed = cast(Fixed, recalibrate(Fixed(base, supernet, draw), batches, limit=limit))
     return fixed.base
