@@ -269,3 +269,16 @@ def test_a_way_that_ends_elsewhere_without_the_branch_is_followed_as_far_as_both
     assert [fit.tensor for fit in fits] == ["stem.weight", "conv.weight", "head.weight"]
     assert output_gap(model, fitted, [pictures(64, 99)]) < 0.7 * output_gap(model, small, [pictures(64, 99)])
     assert not set(named_tensors(fitted).tensors) & {"block.conv1.weight"}
+
+
+def test_a_plan_made_in_two_steps() -> None:
+    model = calibrated(Residual((8, 12, 16)))
+    data, unseen = [pictures(32, i) for i in range(3)], [pictures(64, 99)]
+    shorter_one, first = shorter(model, data[0][:2], ["layers.1"])
+    rest = attrim.trace(shorter_one, data[0][:2])
+    budget = attrim.Budget(macs=0.6 * attrim.trace(model, data[0][:2]).cost.macs() / rest.cost.macs())
+    plan = first.then(attrim.allocate(rest, attrim.score(shorter_one, rest, "l2"), budget))
+    small = attrim.apply(model, plan)
+    fitted = quiet(reconstruct, model, small, plan, data)
+    assert plan.provenance["macs_after"] <= 0.6 * plan.provenance["macs_before"]
+    assert output_gap(model, fitted, unseen) < 0.5 * output_gap(model, small, unseen)
