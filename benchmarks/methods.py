@@ -90,6 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--warmup-epochs", type=int, default=3, help="of GlobalPru, before the vote (default 3)")
     parser.add_argument("--strength", type=float, default=5.0, help="of GlobalPru's ranking loss (default 5)")
     parser.add_argument("--search-epochs", type=int, default=5, help="of the search of DCP-A (default 5)")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), help="of DCP-A")
     parser.add_argument("--policy-lr", type=float, default=0.01, help="of DCP-A, for a short search (default 0.01)")
     parser.add_argument("--tune", type=int, default=2, help="epochs of fine-tuning behind the cut (default 2)")
     parser.add_argument("--test-images", type=int, default=2000, help="a prefix of the test split (default 2000)")
@@ -235,12 +236,13 @@ class Bench:
         candidates: dict[str, dict[str, list[str]]] = {}
         widths: dict[str, dict[str, dict[str, int]]] = {}
         for seed in self.options.seeds:
-            for name, extra in POLICIES.items():
+            for name in self.options.policies:
+                extra = POLICIES[name]
                 outcome = dcpa(
                     self.dense,
                     self.channels,
                     self.training(),
-                    budget=attrim.Budget(macs=self.options.macs, frozen=INSIDE),
+                    budget=attrim.Budget(macs=self.options.macs),  # what is frozen cannot vanish with its block
                     seed=seed,
                     epochs=self.options.search_epochs,
                     **{**extra, "policy_lr": extra.get("policy_lr", 1.0) * self.options.policy_lr},
@@ -259,7 +261,10 @@ class Bench:
                     "fine-tuned": evaluate(tuned, self.test),
                 }
                 runs.setdefault(name, []).append(found)
-                kept = {g: int(outcome.plan.groups[g]["kept"]) for g in outcome.scores.values}
+                groups = outcome.plan.groups
+                kept = {
+                    g: int(groups[g]["kept"]) if g in groups else 0 for g in outcome.scores.values
+                }  # 0: its block went
                 widths.setdefault(name, {})[f"seed {seed}"] = kept
                 say(
                     f"  seed {seed} {name:<17}" + "".join(f"  {k} {v:.4f}" for k, v in found.items()),
