@@ -6,13 +6,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -56,14 +58,16 @@ def _started(job: Job, count: int) -> Iterator[None]:
     objective = () if isinstance(job.ask.kind, str) else (job.ask.kind,)
     modules = Modules.behind([*job.ask.model.modules(), *objective, job.ask.metric, job.algorithm, job.start])
     light = replace(job, ask=replace(packed.shell, calibration=(), holdout=()))
+    task = _pickled((modules, light, packed))
     others: list[tuple[SpawnProcess, Connection]] = []
     try:
         for _ in range(count):
-            mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(modules, light, packed, os.getpid(), theirs), daemon=True)
-            _start(process)
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(os.getpid(), theirs), daemon=True)
+            process.start()
             theirs.close()
             others.append((process, mine))
+            threading.Thread(target=_send, args=(mine, task), daemon=True).start()  # it is read only after the imports
         yield
         for process, _ in others:
             process.join(_PATIENCE)
@@ -76,9 +80,14 @@ def _started(job: Job, count: int) -> Iterator[None]:
         _tell(process, said)
 
 
-def _start(process: SpawnProcess) -> None:
+def _send(link: Connection, task: bytes) -> None:
+    with suppress(OSError):  # the worker has died, which is told in the end
+        link.send_bytes(task)
+
+
+def _pickled(task: Any) -> bytes:
     try:
-        process.start()
+        return bytes(ForkingPickler.dumps(task))
     except (AttributeError, TypeError, ValueError, ImportError) as error:
         raise _cannot_send(error) from error
     except Exception as error:
@@ -109,9 +118,8 @@ def _tell(process: SpawnProcess, said: Connection) -> None:
     )
 
 
-def _work(modules: Modules, job: Job, packed: PackedAsk, parent: int, say: Connection) -> None:
+def _work(parent: int, link: Connection) -> None:
     """What a worker process does, from its start to its end."""
-    del modules  # they were loaded when they arrived
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     warnings.simplefilter("ignore")
 
@@ -120,13 +128,20 @@ def _work(modules: Modules, job: Job, packed: PackedAsk, parent: int, say: Conne
             sys.exit(0)
 
     try:
+        _, job, packed = _received(link)
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         replace(job, ask=packed.unpack()).run(tick=tick)
     except Exception as error:
-        say.send(f"{type(error).__name__}: {error}")
+        link.send(f"{type(error).__name__}: {error}")
         sys.stderr.write(traceback.format_exc())
         sys.exit(1)
+
+
+def _received(link: Connection) -> tuple[Modules, Job, PackedAsk]:
+    """The task; files of modules are loaded as soon as they arrive, before what needs them."""
+    task: tuple[Modules, Job, PackedAsk] = link.recv()
+    return task
 
 
 @contextmanager
