@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attrim.cli import options
 from attrim.cli.demo_net import DigitNet
 from attrim.cli.figures import measure
+from attrim.cli.report import draw_run
 from attrim.cli.runs import Run
 from attrim.cli.screen import note, say, show
 from attrim.core.budget import Budget
@@ -94,13 +95,16 @@ def demo(
         dense = _train(run, digits, epochs, seed)
         data = digits.batches("train")
         result = cut(
-            dense, torch.zeros(1, 1, SIDE, SIDE), method=method, budget=budget, data=data, **_seeded(method, seed)
+            dense, torch.zeros(1, 1, SIDE, SIDE), method=method, budget=budget, data=data, **_options(method, seed, run)
         )
+        for line in () if result.outcome is None else result.outcome.log:
+            run.log(**line)
         kept = result.after.macs / result.before.macs
         note(f"2. cut with {method} to {kept:.1%} of the MACs; {result.verification}")
         _judge(run, "cut", result.model, digits)
         small = _recover(run, digits, dense, result.model, result.plan, finetune_epochs, seed)
         save(small, result.plan, run.folder)
+        draw_run(result.plan, run.folder)
         _conclude(run, digits, result, dense, small)
 
 
@@ -194,5 +198,7 @@ def _epochs(count: int) -> str:
     return "1 epoch" if count == 1 else f"{count} epochs"
 
 
-def _seeded(method: str, seed: int) -> dict[str, Any]:
-    return {"seed": seed} if method == "random" or method in METHODS else {}
+def _options(method: str, seed: int, run: Run) -> dict[str, Any]:
+    if method in METHODS:
+        return {"seed": seed, "folder": run.method}
+    return {"seed": seed} if method == "random" else {}

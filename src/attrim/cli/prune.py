@@ -57,8 +57,8 @@ def prune(
     """Cut a network to a budget, prove the cut, and write the smaller network to a folder.
 
     With --data the batch-norm statistics are measured anew and accuracy is reported: every step on held-out training
-    rows, the first and last figure on the test split. The folder holds config.yaml, metrics.jsonl, plan.json, architecture.svg and
-    model.safetensors; attrim.load(DIR, model=MyNet()) reads it back. A run that was killed while it fine-tuned goes on
+    rows, the first and last figure on the test split. The folder holds config.yaml, metrics.jsonl, plan.json,
+    model.safetensors and pictures (architecture.svg, what a method did); attrim.load(DIR, model=MyNet()) reads it back. A run that was killed while it fine-tuned goes on
     with --resume, to the same result.
 
     **Examples**

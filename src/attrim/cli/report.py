@@ -1,4 +1,4 @@
-"""``attrim report``: the architectures of finished runs as a picture."""
+"""``attrim report``: the architectures of finished runs as a picture, and what their methods did."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from attrim.cli import options
-from attrim.cli.screen import is_main, say
+from attrim.cli.method_pictures import PICTURES, Drawn, method_pictures
+from attrim.cli.screen import is_main, note, say
 from attrim.core.plan import PruningPlan
-from attrim.errors import InputError, MissingDependencyError
+from attrim.errors import AttrimError, InputError, MissingDependencyError
 from attrim.report.figures import architecture
 from attrim.ship.store import PLAN_FILE
 
-__all__ = ["ARCHITECTURE_FILE", "draw_plan", "report"]
+__all__ = ["ARCHITECTURE_FILE", "draw_run", "report"]
 
 ARCHITECTURE_FILE = "architecture.svg"
 
@@ -24,12 +25,18 @@ Runs = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", help="Where the picture goes, .svg or .png; by default into the first run's folder."),
+    typer.Option(
+        "--out",
+        help="Where the architecture goes, .svg or .png; by default all pictures go into the first run's folder.",
+    ),
 ]
 
 
 def report(runs: Runs, out: Out = None, debug: options.Debug = False) -> None:
     """Draw what runs have kept: a bar for each group of channels, dropped blocks hatched; several runs below each other.
+
+    Of one run without --out, also what its method or search did, where there is more to see: policy, costs and attention of
+    dcpa, agreement of globalpru, attention of pcas and cpsca, curve and keep ratios of attrim search.
 
     **Examples**
 
@@ -46,17 +53,39 @@ def report(runs: Runs, out: Out = None, debug: options.Debug = False) -> None:
     target = out or files[0].parent / ARCHITECTURE_FILE
     architecture(None, plans if len(plans) > 1 else next(iter(plans.values()))).save(target)
     say(f"wrote {target}")
+    if out is None and len(runs) == 1 and runs[0].is_dir():
+        for name in _draw(method_pictures(runs[0], plans[_name(runs[0], runs)]), runs[0]):
+            say(f"wrote {runs[0] / name}")
 
 
-def draw_plan(plan: PruningPlan, folder: Path) -> None:
-    """Put the picture of a plan into the folder of its run. Nothing is said where matplotlib is missing: a run needs no picture."""
+def draw_run(plan: PruningPlan, folder: Path) -> None:
+    """Put the pictures of a plan, and of how it came about, into the folder of its run; those of an earlier run go.
+
+    Nothing is said where matplotlib is missing, and what cannot be drawn is only named: a run needs no picture.
+    """
     if not is_main():
         return
-    target = folder / ARCHITECTURE_FILE
-    target.unlink(missing_ok=True)
-    if plan.groups:
-        with suppress(MissingDependencyError):
-            architecture(None, plan).save(target)
+    for name in (ARCHITECTURE_FILE, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(MissingDependencyError):
+        if plan.groups:
+            architecture(None, plan).save(folder / ARCHITECTURE_FILE)
+        _draw(method_pictures(folder, plan), folder)
+
+
+def _draw(pictures: Drawn, folder: Path) -> list[str]:
+    """Names of those that could be drawn, and now are in the folder."""
+    drawn = []
+    for name, picture in pictures.items():
+        try:
+            picture().save(folder / name)
+        except MissingDependencyError:
+            raise
+        except AttrimError as error:
+            note(f"{name} is not drawn: {error}")
+            continue
+        drawn.append(name)
+    return drawn
 
 
 def _name(path: Path, runs: list[Path]) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from attrim.cli.figures import measure
 from attrim.cli.inputs import example, image_shape, pick_device
 from attrim.cli.models import build
+from attrim.cli.report import draw_run
 from attrim.cli.runs import CONFIG_FILE, Run
 from attrim.cli.screen import is_main, note, say, show
 from attrim.cli.search_progress import SearchProgress
@@ -80,6 +81,7 @@ def run_search(settings: SearchSettings, *, resume: bool = False) -> None:
             plan, small = _cut(run, settings, start, _search(run, settings, start, budget, resume))
         small = recover(run, settings.prune_settings(), start.before(), plan, small)
         save_main(small, plan, run)
+        draw_run(plan, run.folder)
         _report(run, start, plan, small)
         run.close()
     except AttrimError as error:

@@ -15,7 +15,7 @@ from attrim.cli.figures import measure
 from attrim.cli.inputs import example, image_shape, pick_device
 from attrim.cli.method_work import AGAIN, base_is_needed, in_method, method_options, plain_batches, sized_by_option
 from attrim.cli.models import Built, build
-from attrim.cli.report import draw_plan
+from attrim.cli.report import draw_run
 from attrim.cli.runs import Run
 from attrim.cli.screen import is_main, note, say, show
 from attrim.cli.settings import PruneSettings
@@ -83,7 +83,7 @@ def run_prune(settings: PruneSettings, *, resume: bool = False) -> None:
             base, plan, small = _cut(run, settings, budget, start, resume=begun)
         small = recover(run, settings, replace(start, dense=base), plan, small)
         save_main(small, plan, run)
-        draw_plan(plan, run.folder)
+        draw_run(plan, run.folder)
         _report(run, start, plan, small)
         run.close()
     except AttrimError as error:

@@ -10,7 +10,7 @@ from attrim.methods.dcpa.objective import entropy
 from attrim.methods.dcpa.policy import Policy
 from attrim.methods.dcpa.widths import SearchSpace
 
-__all__ = ["candidates", "describe", "explain"]
+__all__ = ["attention", "candidates", "describe", "explain"]
 
 
 def candidates(space: SearchSpace) -> dict[str, list[str]]:
@@ -46,6 +46,16 @@ def describe(policy: Policy) -> dict[str, Any]:
         for group in space.gated:
             first = space.offsets[group] - (space.size - len(logits))
             found["widths"][group] = int((logits[first : first + space.channels[group].size] >= 0).sum())
+    return found
+
+
+def attention(policy: Policy) -> dict[str, Any]:
+    """What :func:`explain` says besides the descriptors, to four digits: for the log."""
+    found = {name: value for name, value in explain(policy).items() if name != "descriptors"}
+    if "layers" in found:
+        found["layers"] = [[round(v, 4) for v in row] for row in found["layers"]]
+    if "attention" in found:
+        found["attention"] = {group: [round(v, 4) for v in row] for group, row in found["attention"].items()}
     return found
 
 

@@ -24,7 +24,7 @@ from attrim.methods.dcpa.levels import by_threshold, uniform
 from attrim.methods.dcpa.options import DcpaOptions
 from attrim.methods.dcpa.policy import Policy
 from attrim.methods.dcpa.prices import Prices
-from attrim.methods.dcpa.report import candidates
+from attrim.methods.dcpa.report import attention, candidates
 from attrim.methods.dcpa.search import Data, Search, SearchNet
 from attrim.methods.dcpa.stage2 import remeasured
 from attrim.methods.dcpa.supernet import Supernet
@@ -129,7 +129,7 @@ class Searched:
         begin |= {"refused": dict(self.refused)} if self.refused else {}
         end = {
             "step": "derived", "repairs": derived.moved, "slack": derived.slack, "widths": dict(derived.kept),
-            "drops": list(derived.drops),
+            "drops": list(derived.drops), **attention(self.policy),
         }  # fmt: skip
         return (begin, *({"step": "search", **report} for report in self.reports), end)
 
