@@ -340,7 +340,10 @@ def test_classes_from_files_are_found_by_workers(tmp_path) -> None:
         ({"algorithm": "swarm"}, "algorithm: expected one of neighbourhood, uniform"),
         ({"algorithm": 3}, "algorithm: expected a name or a function"),
         ({"algorithm": "bee", "settings": {"delta": 0.1}}, "the search 'bee' has none"),
-        ({"settings": {"width": 2}}, "settings: expected groups, delta, finest, neighbours, failures, shift, found width"),
+        (
+            {"settings": {"width": 2}},
+            "settings: expected groups, delta, finest, neighbours, failures, shift, found width",
+        ),
         ({"start": "middle"}, "start: expected one of uniform, global, sensitivity, found 'middle'"),
         ({"objective": "slow"}, "objective: expected fast, naive or a function"),
         ({"objective": "fast", "refit": True}, "metric and refit are for objective='naive'"),

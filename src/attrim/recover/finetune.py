@@ -39,7 +39,7 @@ def finetune(
     ema: float | None = None,
     mixup: float = 0.0,
     cutmix: float = 0.0,
-    clip: float | None = None,
+    clip: float | None = 5.0,
     accumulate: int = 1,
     precision: Precision = "no",
     temperature: float = 4.0,

@@ -317,7 +317,11 @@ def test_what_the_smaller_calibration_says_is_trusted_as_far_as_it_was_right() -
     assert right.luck(32, 64, early=True) == pytest.approx(0, abs=0.1)
     assert wrong.luck(32, 64, early=True) == pytest.approx(32, rel=0.01)
     assert wrong.luck(32, 64, early=False) == pytest.approx(0, abs=0.1)
+    assert right.tells_early(32, 64)
+    assert not wrong.tells_early(32, 64)  # all it says is noise
+    assert Doubt().tells_early(32, 64)  # how else would it be learned
     stop = Stop(z=2.0)
+    assert not stop.hopeless(torch.zeros(8), best, Doubt(), 64, early=True)
     assert stop.hopeless(torch.zeros(8), best, right, 64, early=True)
     assert not stop.hopeless(torch.zeros(4), best, wrong, 64, early=True)
     assert stop.promising(torch.ones(8), best[:32], right, 64)

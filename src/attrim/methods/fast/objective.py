@@ -223,7 +223,7 @@ class FastObjective:
         keeping = self._keeping(candidate, depth) if self._checked and self._layout.boundaries else None
         keep = None if keeping is None else keeping.calibration
         self.work += 1 - self._layout.saved(depth)
-        if rival is not None and best is not None and self._early_batches(candidate):
+        if rival is not None and best is not None and self._early_batches(candidate) and self._early_tells():
             rivals = self._early_values(rival)
             mine = self._looked_at_early(candidate, rivals, keep)
             if mine is None:
@@ -271,6 +271,10 @@ class FastObjective:
             self._early = {rival: torch.cat([with_clearness(value)[:, 0] for value in values])}
             self.work += (1 - self._layout.saved(depth)) * (0.0 if self._stop is None else self._stop.first)
         return self._early[rival]
+
+    def _early_tells(self) -> bool:
+        end = sum(batch.size for batch in self._early_look())
+        return self._doubt.tells_early(end, self._holdout.samples)
 
     def _early_look(self) -> list[Batch]:
         share = 1.0 if self._stop is None else self._stop.looks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Stop:
 
     A candidate is first looked at with its batch norms measured on few images, and compared with the best one measured on the
     same few, so that most of what these images do to both cancels. How much of it does not is learned from the candidates
-    that were judged both ways. The look ends when the candidate is given up, or when it looks as if that will not happen.
+    that were judged both ways; where it is more than candidates differ by, there is no such look. It ends when the candidate is given up, or
+    when it looks as if that will not happen.
 
     Attributes:
         z: how sure one has to be; larger gives up later. At 1.65, about one in twenty of the candidates that would have tied
@@ -94,7 +95,7 @@ class Doubt:
     def __init__(self) -> None:
         self._sum = torch.full((_BINS,), 0.5, dtype=torch.float64)
         self._count = torch.ones(_BINS, dtype=torch.float64)
-        self._square, self._early = 0.5, 1
+        self._square, self._early = 0.0, 0
 
     def learn(self, found: Lesson) -> None:
         """Take in a comparison."""
@@ -107,9 +108,16 @@ class Doubt:
         each = self._sum / self._count
         return float(each[torch.arange(n, whole) * _BINS // whole].sum()) if n < whole else 0.0
 
+    def tells_early(self, end: int, whole: int) -> bool:
+        """Whether an early look at ``end`` samples can say anything: it is nearer to the final answers than candidates are to one
+        another. Until that is known, it is looked at to learn it."""
+        return not self._early or end * self._square / self._early < self.variance(0, whole) - self.variance(end, whole)
+
     def luck(self, n: int, whole: int, early: bool) -> float:
         """Variance of what is still open after ``n`` samples."""
-        return self.variance(n, whole) + (n * self._square / self._early if early else 0.0)
+        if not early:
+            return self.variance(n, whole)
+        return self.variance(n, whole) + n * self._square / self._early if self._early else inf
 
 
 def _lead(mine: Tensor, best: Tensor) -> float:
