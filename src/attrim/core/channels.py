@@ -158,6 +158,8 @@ class ChannelMap:
         branches: residual branches that can be removed whole, in network order (see :class:`Branch`).
         passes: block -> branches: the block becomes an identity once all of these are removed.
         sums: sums of two activations that hold no branch that could be removed, with the reasons.
+        inputs: group -> the layer that reads its channels from an input that stays whole, for groups of channels that are
+            only not read any more (:func:`attrim.modules.input_groups.input_groups`); empty as traced.
     """
 
     groups: Mapping[str, ChannelGroup]
@@ -170,6 +172,7 @@ class ChannelMap:
     branches: tuple[Branch, ...] = ()
     passes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sums: tuple[Reason, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups.values())

@@ -89,6 +89,7 @@ class CostModel:
         inside: shape ``(N,)``; the smallest branch that contains this one, by position, or -1. Whoever removes a branch
             removes what is inside it.
         group_branch: shape ``(G,)``; the smallest branch with which a group vanishes wholly, by position, or -1.
+        rows: axis of a parameter (``layer1.0.conv1.weight:1``) -> its row in :attr:`widths`, where its width can change.
 
     Example:
         >>> channels.cost.macs()                                # the whole network
@@ -104,6 +105,7 @@ class CostModel:
     branches: tuple[str, ...] = ()
     inside: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     group_branch: IntArray | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
 
     def vector(self, kept: Kept = None) -> IntArray:
         """Kept counts as an array of shape ``(G,)``; groups that a mapping does not name stay whole."""

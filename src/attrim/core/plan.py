@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from attrim.core.branches import Replacement
+from attrim.core.selection import Selection, read_selects
 from attrim.errors import PlanError
 
 __all__ = ["PLAN_VERSION", "AttributeCut", "Cut", "PruningPlan", "within", "write_atomic"]
@@ -48,7 +49,7 @@ class AttributeCut:
 
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """Which positions of which tensors stay. ``cuts``, ``drops`` and ``attributes`` are normative.
+    """Which positions of which tensors stay. ``cuts``, ``drops``, ``selects`` and ``attributes`` are normative.
 
     Attributes:
         fingerprint: digest of the names and shapes of the model that the plan was made for.
@@ -59,6 +60,8 @@ class PruningPlan:
         provenance: how the plan came about (criterion, budget, costs, fingerprint after), for people and for ``then``.
         replacements: dropped module -> what stands in its place; one that is not named becomes an identity. A buffer of a
             replacement is cut like any tensor, as ``PATH.zeros``.
+        selects: layer -> the positions of its input that it reads, where the input itself stays whole. Its weight is cut to
+            them in ``cuts``.
 
     Example:
         >>> plan.save("plan.json"); plan = PruningPlan.load("plan.json")
@@ -73,6 +76,7 @@ class PruningPlan:
     groups: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
+    selects: Mapping[str, Selection] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, in the file's layout."""
@@ -88,6 +92,7 @@ class PruningPlan:
             },
             "drops": list(self.drops),
             **({"replacements": {p: r.to_json() for p, r in self.replacements.items()}} if self.replacements else {}),
+            **({"selects": {p: s.to_json() for p, s in self.selects.items()}} if self.selects else {}),
             "attributes": {
                 module: {name: {"before": cut.before, "after": cut.after} for name, cut in cuts.items()}
                 for module, cuts in self.attributes.items()
@@ -131,6 +136,7 @@ class PruningPlan:
                 groups=dict(data.get("groups", {})),
                 provenance=dict(data.get("provenance", {})),
                 replacements=_read_replacements(data.get("replacements", {}), drops),
+                selects=read_selects(data.get("selects", {}), drops),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{source}: the plan is malformed: {type(error).__name__}: {error}.") from error
@@ -192,6 +198,7 @@ class PruningPlan:
                 **{path: r for path, r in self.replacements.items() if path in earlier},
                 **following.replacements,
             },
+            selects=_compose_selects(self, following),
             attributes=_compose_attributes(attributes, following.attributes),
             groups=_compose_groups(self.groups, following.groups),
             provenance=_compose_provenance(self, following),
@@ -251,6 +258,16 @@ def _compose_attributes(
         for name, cut in cuts.items():
             mine[name] = AttributeCut(mine[name].before if name in mine else cut.before, cut.after)
     return merged
+
+
+def _compose_selects(first: PruningPlan, second: PruningPlan) -> dict[str, Selection]:
+    selects = {path: s for path, s in first.selects.items() if not within(path, second.drops)}
+    for path, selection in second.selects.items():
+        try:
+            selects[path] = selects[path].then(selection) if path in selects else selection
+        except ValueError as error:
+            raise PlanError(f"these plans do not follow each other: inputs of '{path}': {error}.") from error
+    return selects
 
 
 def within(name: str, paths: Collection[str]) -> bool:

@@ -13,6 +13,7 @@ from attrim.core.branches import Replacement
 from attrim.core.channels import ChannelMap, Member
 from attrim.core.cost import IntArray
 from attrim.core.plan import AttributeCut, Cut, PruningPlan, within
+from attrim.core.selection import Selection
 from attrim.errors import InputError
 from attrim.modules.names import fingerprint
 
@@ -61,7 +62,9 @@ def plan_from_kept(
         cuts.setdefault(axis.tensor, {})[axis.dim] = tuple(np.flatnonzero(stays).tolist())
     ordered = {name: Cut(shapes[name], cuts[name]) for name in shapes if name in cuts}
     counts = {name: len(indices) for name, indices in chosen.items()}
-    after = fingerprint({n: ordered[n].shape_after if n in ordered else shape for n, shape in shapes.items()})
+    selects = _selects(channels, ordered)
+    left = {n: ordered[n].shape_after if n in ordered else shape for n, shape in shapes.items()}
+    after = fingerprint(left | {f"{path}.positions": (len(s.keep),) for path, s in selects.items()})
     dropped = {"dropped": list(out.branches)} if out.branches else {}
     return PruningPlan(
         fingerprint=channels.fingerprint,
@@ -84,7 +87,19 @@ def plan_from_kept(
             **(provenance or {}),
         },
         replacements={path: r for path, r in out.replacements.items() if r != Replacement()},
+        selects=selects,
     )
+
+
+def _selects(channels: ChannelMap, cuts: Mapping[str, Cut]) -> dict[str, Selection]:
+    """What is left for each layer to read of an input that stays whole."""
+    selects = {}
+    for group, path in channels.inputs.items():
+        axis = channels[group].members[0].axis
+        cut = cuts.get(axis.tensor)
+        if cut is not None and axis.dim in cut.keep:
+            selects[path] = Selection(1 - len(cut.shape_before), cut.keep[axis.dim])
+    return selects
 
 
 @dataclass(frozen=True, slots=True)

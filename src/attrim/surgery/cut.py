@@ -12,6 +12,7 @@ from attrim.core.plan import Cut, PruningPlan, within
 from attrim.errors import InputError, PlanError
 from attrim.modules.names import NamedTensors, fingerprint, named_tensors
 from attrim.modules.repair import REPAIRS, Repair, read_attribute, repair_attributes, write_attribute
+from attrim.modules.select import check_selects, select_inputs
 from attrim.modules.skeleton import copy_with
 from attrim.modules.skips import without_modules
 
@@ -48,6 +49,7 @@ def apply(
         raise InputError(f"expected an nn.Module to cut, found {type(model).__name__}.")
     named = named_tensors(model)
     _check_fit(named, plan)
+    check_selects(model, plan)
     new = _cut_tensors(named, plan)
     if share:
         new = {**{name: named.tensors[name] for name in named.parameters}, **new}
@@ -58,6 +60,7 @@ def apply(
         small = copy_with(model, named, new)
     keep = {name: cut.keep for name, cut in plan.cuts.items()}
     repair_attributes(small, keep, named.aliases, {**REPAIRS, **(repairs or {})})
+    select_inputs(small, plan.selects)
     _write_attributes(small, plan)
     return small
 

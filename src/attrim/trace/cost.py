@@ -96,15 +96,19 @@ def compile_cost(
     axes: dict[str, list[IntArray]] = {}
     for axis, start, size in zip(space.axes, space.start, space.size, strict=True):
         axes.setdefault(axis.tensor, []).append(np.arange(start, start + size))
-    params = []
+    params, rows = [], {}
     for name in sorted(named.parameters):
         vectors = axes.get(name, [])
         rest = named.tensors[name].numel() // math.prod(len(v) for v in vectors) if named.tensors[name].numel() else 0
         params.append(compiler.term(rest, vectors))
+    for axis, start, size in zip(space.axes, space.start, space.size, strict=True):
+        row = compiler.width(np.arange(start, start + size)) if axis.tensor in named.parameters else None
+        if row is not None:
+            rows[str(axis)] = row
     mac_terms = compiler.terms(macs, [known.ops.get(term.op, -1) for term in book.costs])
     param_terms = compiler.terms(params, [known.tensors.get(name, -1) for name in sorted(named.parameters)])
     arrays = [np.asarray(a, np.int64) for a in (compiler.fixed, compiler.row, compiler.group, compiler.multiplicity)]
     return CostModel(
         ids, parts.sizes.astype(np.int64), WidthTable(*arrays), mac_terms, param_terms, known.ids,
-        np.asarray(known.inside, np.int64), np.asarray(group_branch, np.int64),
+        np.asarray(known.inside, np.int64), np.asarray(group_branch, np.int64), rows,
     )  # fmt: skip

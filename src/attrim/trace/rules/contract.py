@@ -178,6 +178,8 @@ def matmul(t: Tracer, call: Call) -> None:
         t.tie(va.axes[0], vb.axes[0], "multiplied in one batch with an axis that does not follow the cut")
         batch = [va.axes[0] if va.axes[0] is not None else vb.axes[0]]
     axes = [*batch, va.axes[-2], vb.axes[-1]]
+    own = va.axes[-1] if not va.live else vb.axes[-2] if not vb.live else None
+    inner = inner if own is None else own  # a weight's own axis, as convolutions have it
     _cost(t, (*a.shape, b.shape[-1]), (*batch, va.axes[-2], inner, vb.axes[-1]))
     if added:
         _bias(t, call.inputs[0], axes, call.out)
