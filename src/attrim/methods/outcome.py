@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from attrim.core.channels import ChannelMap
 from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.modules.gates import Gates
@@ -32,6 +33,7 @@ class MethodOutcome:
         gates: the trained gates, or None.
         statistics: whatever else was measured, by name.
         reference: the uncut network that the small one should be like after recovery, where that is not ``model_to_cut``.
+        channels: the map that plan and scores refer to, where it is not the one that was given.
     """
 
     plan: PruningPlan
@@ -41,6 +43,7 @@ class MethodOutcome:
     gates: Gates | None = None
     statistics: Mapping[str, Any] = field(default_factory=dict)
     reference: nn.Module | None = None
+    channels: ChannelMap | None = None
 
     @property
     def aim(self) -> nn.Module:

@@ -31,6 +31,7 @@ from attrim.methods.ratio import check_reach, check_size, plan_within
 from attrim.modules.gates import Gates
 from attrim.modules.gates.kinds import Kind
 from attrim.modules.gates.places import Point, Policy
+from attrim.modules.gates.streams import stream_inputs
 from attrim.recover.recipe import Loss, Optimizer
 
 __all__ = ["PcasOptions", "pcas"]
@@ -113,11 +114,13 @@ def pcas(
     options.check()
     check_size(budget, ratio)
     data = check_data("pcas", batches)
+    if policy == "input_select":
+        channels = stream_inputs(model, channels, first_batch(data))
     gates, statistics, log = _attention(model, channels, data, options, run, budget, ratio)
     scores = Scores(statistics.score(reduction), "pcas")
     plan = plan_within(channels, scores, budget, ratio)
     base = model if end == "drop" else gates.fold(model, statistics.factors())
-    return MethodOutcome(plan, base, scores, log, gates, {"attention": statistics})
+    return MethodOutcome(plan, base, scores, log, gates, {"attention": statistics}, channels=channels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,8 @@ class PcasOptions:
 
     Attributes:
         policy: ``internal`` scores what stays inside residual blocks, ``tied`` residual streams as well, one score a
-            stream.
+            stream; ``input_select`` what stays inside and, for every layer that reads a residual stream, which of the
+            stream's channels it reads, while the stream keeps its width.
         act: ``double`` (twice the sigmoid, the identity at the beginning), ``sigmoid`` (begins at 0.95) or ``softmax``
             (scaled: the mean attention of each layer is 1).
         tap: where gates hang: ``post`` (behind the activation), ``pre`` (behind the norm), ``conv``.
@@ -165,11 +169,6 @@ class PcasOptions:
         for name, known in (("act", get_args(Act)), ("end", get_args(End)), ("reduction", ("mean", "max"))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: expected one of {', '.join(known)}, found {getattr(self, name)!r}.")
-        if self.policy == "input_select":
-            raise InputError(
-                "policy: 'input_select' keeps a residual stream whole and lets each block read a part of it, which needs "
-                "an index layer in the network; a plan only cuts. Use 'internal' or 'tied'."
-            )
         for name in ("penalty", "sharpness"):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):

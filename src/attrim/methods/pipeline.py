@@ -52,7 +52,7 @@ class PruneResult:
         verification: the proof, taken before any recovery; None if it was switched off.
         steps: what was done, in order, each with its name and figures; with ``accuracy`` (top-1, on ``holdout``) where
             labels were at hand.
-        channels: the channel map of the original.
+        channels: the channel map of the original; under ``policy="input_select"`` with groups of what layers read.
         outcome: what a method (``pcas``, …) gave: scores, gates, statistics; None for a criterion.
     """
 
@@ -232,7 +232,8 @@ def _cut(
     if isinstance(method, str) and method in METHODS:
         outcome = run_method(METHODS[method], model, channels, data, budget=budget, holdout=holdout, **options)
         small = apply(outcome.model_to_cut, outcome.plan, repairs=repairs)
-        return _Cut(outcome.model_to_cut, small, outcome.plan, channels, outcome)
+        found = channels if outcome.channels is None else outcome.channels
+        return _Cut(outcome.model_to_cut, small, outcome.plan, found, outcome)
     if budget is None:
         raise InputError("how small? Pass budget=attrim.Budget(macs=0.5); that keeps half of the multiply-adds.")
     plan = allocate(channels, score(model, channels, method, data, **options), budget)

@@ -49,7 +49,9 @@ def input_groups(model: nn.Module, channels: ChannelMap, streams: Collection[str
     unknown = [id for id in whole if id not in channels.groups]
     if unknown:
         raise InputError(f"streams: '{unknown[0]}' is no group of this map; see list(channels.groups).")
-    readers = {f"{path}.in": (path, group, member) for group in whole for path, member in _readers(model, channels, group)}
+    readers = {
+        f"{path}.in": (path, group, member) for group in whole for path, member in _readers(model, channels, group)
+    }
     if not whole:
         return channels
     added = {id: _group(model, channels, id, path, member) for id, (path, _, member) in readers.items()}

@@ -22,6 +22,7 @@ from attrim.trace.inputs import Example, example_of
 from attrim.trace.labels import Conflict
 from attrim.trace.probe import Alive, Watcher
 from attrim.trace.run import Engine
+from attrim.trace.selected import compare_alike, widened
 
 __all__ = ["Verification", "verify"]
 
@@ -76,7 +77,8 @@ def verify(
 ) -> Verification:
     """Prove that ``small`` computes what ``model`` computes with the removed positions zeroed at every consumer.
 
-    Dropped branches first: the network without them must equal the original with their outputs zeroed at the sums. Then,
+    Selected inputs first: layers that read a part of a stream equal layers that read all of it with zeros in their weights.
+    Then dropped branches: the network without them must equal the original with their outputs zeroed at the sums. Then,
     for the cuts, two independent checks. (1) ``small`` is traced again with every surviving position carrying the original's channel;
     any operator that combines different channels is a conflict. (2) Both networks run in float64 on the example inputs;
     the original has removed positions set to zero wherever they are summed over. Call it before any recovery changes
@@ -102,9 +104,30 @@ def verify(
         raise InputError(f"small: expected the pruned nn.Module, found {type(small).__name__}.")
     _check_shapes(model, small, plan)
     analysis = analysis or analyse(model, example_inputs)
+    if plan.selects:
+        return _verify_selects(model, small, plan, example_inputs, tolerance, analysis)
     if plan.drops:
         return _verify_drops(model, small, plan, example_inputs, tolerance, analysis)
     return _verify_cuts(model, small, plan, example_inputs, tolerance, analysis)
+
+
+def _verify_selects(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float, analysis: Analysis
+) -> Verification:
+    """First the selections, then everything else between the two networks without them."""
+    wide = widened(model, small, plan, analysis)
+    if wide.conflicts:
+        return Verification(False, True, float("inf"), float("inf"), wide.conflicts, {}, "float64")
+    error, dtype = compare_alike(wide.small, small, example_of(example_inputs))
+    known = analyse(wide.model, example_inputs, decisions=analysis.tracer.decisions)
+    rest = verify(wide.model, wide.small, wide.plan, example_inputs, tolerance=tolerance, analysis=known)
+    return replace(
+        rest,
+        ok=rest.ok and error <= (tolerance if dtype == "float64" else max(tolerance, 1e-3)),
+        max_error=max(rest.max_error, error),
+        exact_error=max(rest.exact_error, error),
+        dtype=rest.dtype if dtype == "float64" else dtype,
+    )
 
 
 def _verify_drops(
@@ -170,6 +193,7 @@ def _check_shapes(model: nn.Module, small: nn.Module, plan: PruningPlan) -> None
         )
     left = {name: shape for name, shape in before.items() if not within(name, plan.drops)}
     left |= {f"{path}.zeros": (r.width,) for path, r in plan.replacements.items() if r.width is not None}
+    left |= {f"{path}.positions": (len(s.keep),) for path, s in plan.selects.items()}
     stray = [name for name in after if name not in left]
     if plan.drops and stray:
         raise PlanError(

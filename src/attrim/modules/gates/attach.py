@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -87,7 +88,10 @@ def attach(
                         f"the gates were made for another network: there is no module '{path}'. Make them for this one: "
                         "Gates(model, attrim.trace(model, example_inputs))."
                     )
-                handles.append(modules[path].register_forward_hook(line.hook(path)))
+                if line.place.before:
+                    handles.append(modules[path].register_forward_pre_hook(line.enter))
+                else:
+                    handles.append(modules[path].register_forward_hook(line.hook(path)))
         handles.append(model.register_forward_hook(end))
         yield collected
     finally:
@@ -153,6 +157,19 @@ class _Line:
 
         return call
 
+    def enter(self, module: nn.Module, args: Any) -> Any:
+        """Gate what a layer reads."""
+        if not args or not isinstance(args[0], Tensor):
+            raise InputError(
+                f"'{self.place.source}' was called without a positional tensor, so its input cannot be gated."
+            )
+        if self.off:
+            return None
+        if self.place.dim < 0:
+            self.place = replace(self.place, dim=args[0].ndim + self.place.dim)
+        self.input = args[0]
+        return (self.apply(args[0]), *args[1:])
+
     def apply(self, x: Tensor) -> Tensor:
         place, gate = self.place, self.gate
         if self.watch is not None:
@@ -217,7 +234,7 @@ def _scaled(x: Tensor, attention: Tensor, place: Place, inplace: bool) -> Tensor
 
 def _gives_its_own(modules: Mapping[str, nn.Module], place: Place) -> bool:
     """Whether the gated module is one of torch's that never hands on a tensor that somebody else holds."""
-    module = modules.get(place.module)
+    module = None if place.before else modules.get(place.module)
     fresh = isinstance(module, (_ConvNd, nn.Linear, _NormBase, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish))
     return fresh and type(module).__module__.startswith("torch.nn.modules")
 

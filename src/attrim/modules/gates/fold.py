@@ -82,6 +82,8 @@ def _targets(
     shared: set[str],
 ) -> tuple[Targets, str]:
     """The tensors that take a place's factors, or why there are none."""
+    if place.before:
+        return _consumers(place, members, tensors, shared, f"'{place.source}' reads its input")
     held = [modules[path] for path in (place.source, *place.chain)]
     anchor = len(held) - 1
     while anchor > 0 and type(held[anchor]) in _HOMOGENEOUS:

@@ -17,7 +17,7 @@ from attrim.modules.gates.fold import fold
 from attrim.modules.gates.kinds import KINDS, Gate, Kind, SqueezeGate, make_gate
 from attrim.modules.gates.places import Place, Point, Policy, find_places
 
-__all__ = ["Gates"]
+__all__ = ["Gates", "evaluating"]
 
 
 class Gates(nn.Module):
@@ -37,7 +37,8 @@ class Gates(nn.Module):
             channel attention of CPSCA).
         groups: ids to gate; None for all that the policy allows.
         policy: ``internal`` leaves residual streams alone; ``tied`` gates every branch of a stream before the sum.
-            ``input_select`` gates as ``internal``.
+            ``input_select`` gates as ``internal``. Where the map has groups of what layers read of streams
+            (:func:`attrim.modules.gates.streams.stream_inputs`), gates hang in front of these layers.
         shared: one gate for all places of a group instead of one each.
         point: ``post`` (behind the activation), ``pre`` (behind the norm) or ``conv`` (behind the layer).
         hidden: width between the two layers of a gate; None for ``max(8, size // 16)``.
@@ -88,7 +89,7 @@ class Gates(nn.Module):
             raise InputError(f"hidden: expected an int >= 1 or None, found {hidden!r}.")
         self.kind, self.shared = kind, shared
         batch = None if example is None else read_batch(example, device_of(model))
-        with _evaluating(model):
+        with evaluating(model):
             plot = find_places(
                 model,
                 channels,
@@ -164,7 +165,7 @@ class Gates(nn.Module):
             >>> gates.features(model, (images, labels))["layer1.0.conv1"].mean((0, 1))    # (16,)
         """
         read = read_batch(batch, device_of(model))
-        with _evaluating(model), torch.no_grad(), self.attached(model) as collected:
+        with evaluating(model), torch.no_grad(), self.attached(model) as collected:
             run_batch(model, read)
             return {group: torch.stack(values) for group, values in collected.attention.items()}
 
@@ -205,7 +206,8 @@ class Gates(nn.Module):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, without fused kernels, and the modes of before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()

@@ -14,6 +14,7 @@ from attrim.core.channels import ChannelGroup, ChannelMap, Tap
 from attrim.core.cost import IntArray
 from attrim.errors import InputError
 from attrim.modules.gates.observe import Observation, Reading, observe
+from attrim.modules.select import input_dim, positions_of
 
 __all__ = ["Place", "Plot", "Point", "Policy", "find_places"]
 
@@ -34,6 +35,7 @@ class Place:
         input_dim: dimension of the layer's input that holds them.
         reading: who reads the gated tensor, or None where no run was watched.
         in_order: whether channel ``c`` is position ``c``.
+        before: the gate hangs in front of ``source``, on its input, and ``dim`` counts from the end.
     """
 
     group: str
@@ -45,10 +47,11 @@ class Place:
     input_dim: int
     reading: Reading | None
     in_order: bool
+    before: bool = False
 
     @property
     def module(self) -> str:
-        """Path of the module whose output is gated."""
+        """Path of the module whose output (or input, with ``before``) is gated."""
         return self.chain[-1] if self.chain else self.source
 
 
@@ -83,7 +86,8 @@ def find_places(
         channels: its map.
         point: ``post``: behind the activation; ``pre``: behind the norm; ``conv``: behind the layer itself.
         groups: ids to choose from; None for all.
-        policy: ``internal`` leaves residual streams alone, the others take them as well.
+        policy: ``internal`` and ``input_select`` leave residual streams alone, ``tied`` takes them as well. What layers
+            read of a stream that stays whole (:attr:`ChannelMap.inputs`) is gated under every policy.
         run: one forward pass to watch; without it the order of the modules tells what follows what.
     """
     modules = dict(model.named_modules())
@@ -93,28 +97,34 @@ def find_places(
     chosen = [g for g in channels if groups is None or g.id in groups]
     found: dict[str, list[Tap]] = {}
     refused: dict[str, str] = {}
-    for group in chosen:
+    readers = {g.id: channels.inputs[g.id] for g in chosen if g.id in channels.inputs}
+    for group in (g for g in chosen if g.id not in readers):
         taps, reason = _sources(group, channels, modules)
         if reason:
             refused[group.id] = reason
         else:
             found[group.id] = taps
     follow = _followers(channels, found, modules)
+    for path in readers.values():
+        follow.setdefault(path, set())
     seen = None if run is None else observe(model, {path: sorted(paths) for path, paths in follow.items()}, run)
     places: dict[str, tuple[Place, ...]] = {}
     streams = set()
     for id, taps in found.items():
         if _is_stream(taps, seen):
             streams.add(id)
-            if policy == "internal":
-                refused[id] = (
-                    "a residual stream: policy='internal' gates only what stays inside a block (policy='tied')"
-                )
+            if policy != "tied":
+                refused[id] = f"a residual stream: policy='{policy}' gates no streams (policy='tied' does)"
                 continue
         if seen is not None and (silent := [t.module for t in taps if t.module not in seen.chains]):
             refused[id] = f"the module '{silent[0]}' was not called, or gives no tensor, so there is nothing to gate"
             continue
         places[id] = tuple(_place(channels[id], tap, point, modules, seen, len(taps) == 1, follow) for tap in taps)
+    for id, path in readers.items():
+        if seen is not None and path not in seen.chains:
+            refused[id] = f"the module '{path}' was not called, or gives no tensor, so there is nothing to gate"
+        else:
+            places[id] = (_input_place(channels[id], path, modules[path]),)
     return Plot(places, refused, frozenset(streams))
 
 
@@ -202,6 +212,18 @@ def _place(
     inputs, dim = _inputs(modules[tap.module])
     in_order = np.array_equal(tap.index, np.arange(group.size)[:, None])
     return Place(group.id, tap.module, tuple(chain), tap.dim, tap.index, inputs, dim, reading, in_order)
+
+
+def _input_place(group: ChannelGroup, path: str, module: nn.Module) -> Place:
+    """In front of a layer that reads a stream."""
+    member = group.members[0]
+    index, read = member.index, positions_of(module)
+    if read is not None:
+        index = read.cpu().numpy()[index]
+    inputs, dim = _inputs(module)
+    in_order = read is None and np.array_equal(index, np.arange(group.size)[:, None])
+    reading = Reading({member.axis.tensor})
+    return Place(group.id, path, (), input_dim(module), index, inputs, dim, reading, in_order, before=True)
 
 
 def _read_order(group: ChannelGroup, tap: Tap, alone: bool, followers: Collection[str]) -> tuple[str, ...]:
