@@ -331,7 +331,6 @@ def test_prune_and_score_know_the_method() -> None:
         ({"ratio": 1.0}, BudgetError, r"ratio: expected .* \[0, 1\), found 1.0"),
         ({"ratio": 0.5, "budget": attrim.Budget(macs=0.5)}, InputError, "says something else"),
         ({"ratio": 0.5, "act": "tanh"}, InputError, "act: expected one of double, sigmoid, softmax"),
-        ({"ratio": 0.5, "policy": "input_select"}, InputError, "a plan only cuts"),
         ({"ratio": 0.5, "tap": "relu"}, InputError, "point: expected one of post, pre, conv"),
         ({"budget": attrim.Budget(macs=0.001)}, BudgetError, "macs"),
     ],

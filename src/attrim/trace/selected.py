@@ -130,21 +130,27 @@ def _whole(original: nn.Module, module: nn.Module) -> None:
 
 def compare_alike(one: nn.Module, other: nn.Module, example: Example) -> tuple[float, str]:
     """Largest relative difference of two networks of the same modules: outputs, and averages of every leaf module."""
-    for dtype, precision in ((torch.float64, "float64"), (None, "the model's own precision")):
-        runs = []
-        for model in (one, other):
-            engine = Engine(model, example)
-            engine.real, engine.dtype, engine.sums = True, dtype, True
-            blank: Mapping[str, Any] = {n: [None] * t.ndim for n, t in engine.named.tensors.items()}
-            runs.append(engine.run(Recorder(), blank, {}))
-        if all(run.failure is None for run in runs):
-            break
-    else:
-        return float("inf"), precision
-    a, b = ([*run.outputs, *(run.tracer.sums or [])] for run in runs)
-    if len(a) != len(b):
-        return float("inf"), precision
-    return max((_gap(x, y) for x, y in zip(a, b, strict=True)), default=0.0), precision
+    error = _error(one, other, example, torch.float64)
+    if error is not None:
+        return error, "float64"
+    error = _error(one, other, example, None)
+    return float("inf") if error is None else error, "the model's own precision"
+
+
+def _error(one: nn.Module, other: nn.Module, example: Example, dtype: torch.dtype | None) -> float | None:
+    """None if one of them does not run in ``dtype``."""
+    shown = []
+    for model in (one, other):
+        engine = Engine(model, example)
+        engine.real, engine.dtype, engine.sums = True, dtype, True
+        blank: Mapping[str, Any] = {n: [None] * t.ndim for n, t in engine.named.tensors.items()}
+        run = engine.run(Recorder(), blank, {})
+        if run.failure is not None:
+            return None
+        shown.append([*run.outputs, *(run.tracer.sums or [])])
+    if len(shown[0]) != len(shown[1]):
+        return float("inf")
+    return max((_gap(a, b) for a, b in zip(*shown, strict=True)), default=0.0)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
