@@ -89,7 +89,8 @@ class CostModel:
         inside: shape ``(N,)``; the smallest branch that contains this one, by position, or -1. Whoever removes a branch
             removes what is inside it.
         group_branch: shape ``(G,)``; the smallest branch with which a group vanishes wholly, by position, or -1.
-        rows: axis of a parameter (``layer1.0.conv1.weight:1``) -> its row in :attr:`widths`, where its width can change.
+        rows: axis of a parameter (``layer1.0.conv1.weight:1``) -> its row in :attr:`widths`, for what
+            weights read (dimension 1), pinned or not.
 
     Example:
         >>> channels.cost.macs()                                # the whole network

@@ -204,6 +204,13 @@ class PruningPlan:
             provenance=_compose_provenance(self, following),
         )
 
+    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the plan leaves a tensor of this name and shape with, where it is not dropped."""
+        if name in self.cuts:
+            return self.cuts[name].shape_after
+        path, _, leaf = name.rpartition(".")
+        return (len(self.selects[path].keep),) if leaf == "positions" and path in self.selects else shape
+
     def summary(self) -> str:
         """A few lines for people: costs before and after, the branches that are dropped, and each group's width."""
         lines = []

@@ -157,6 +157,8 @@ class _Run:
             )
         floors = Floors.after(self.budget, plan)
         ways = floors.ways(self.method)
+        if self.options.get("policy") == "input_select":  # scores alone do not say which layers read less
+            ways = (False,)
         for lifted in ways:
             relative = budget_of_round(self.budget, plan, number, self.rounds, self.schedule, lifted=lifted)
             if relative is None:

@@ -13,7 +13,7 @@ from attrim.core.branches import Branch
 from attrim.core.channels import AttributeRule, ChannelGroup, ChannelMap, Member, PinnedAxis, Reason
 from attrim.core.cost import CostModel, IntArray, WidthTable
 from attrim.errors import InputError
-from attrim.modules.select import can_select
+from attrim.modules.select import can_select, positions_of
 
 __all__ = ["input_groups", "streams_of"]
 
@@ -26,7 +26,8 @@ def input_groups(model: nn.Module, channels: ChannelMap, streams: Collection[str
     The group of a layer ``layer2.1.conv1`` is ``layer2.1.conv1.in``: its channels are those of the stream, and removing one
     takes it away from this layer alone, which from then on reads its input through a selection. That is exact, and the cost
     model prices it. Layers that cannot select (grouped or transposed convolutions, layers of other types, tied weights,
-    inputs that are not the stream alone) go on reading the whole stream.
+    inputs that are not the stream alone) go on reading the whole stream. In a network that selects already, the streams
+    are pinned; layers that select, and others that read these streams, have groups of what they read now.
 
     Args:
         model: the traced network.
@@ -49,12 +50,11 @@ def input_groups(model: nn.Module, channels: ChannelMap, streams: Collection[str
     unknown = [id for id in whole if id not in channels.groups]
     if unknown:
         raise InputError(f"streams: '{unknown[0]}' is no group of this map; see list(channels.groups).")
-    readers = {
-        f"{path}.in": (path, group, member) for group in whole for path, member in _readers(model, channels, group)
-    }
-    if not whole:
+    readers = {path: member for group in whole for path, member in _readers(model, channels, group)}
+    readers |= _earlier(model, channels)
+    if not whole and not readers:
         return channels
-    added = {id: _group(model, channels, id, path, member) for id, (path, _, member) in readers.items()}
+    added = {f"{path}.in": _group(model, channels, path, member) for path, member in readers.items()}
     order = {name: i for i, name in enumerate(channels.shapes)}
     groups = [g for g in channels if g.id not in whole] + list(added.values())
     groups.sort(key=lambda g: (order[g.members[0].axis.tensor], g.id not in added))
@@ -63,11 +63,11 @@ def input_groups(model: nn.Module, channels: ChannelMap, streams: Collection[str
     return replace(
         channels,
         groups={g.id: g for g in groups},
-        pinned=(*channels.pinned, *_pinned(channels, whole, {m.axis for _, _, m in readers.values()})),
+        pinned=_pinned(channels, whole, {m.axis for m in readers.values()}),
         cost=_cost(channels, groups, added, branches),
         attributes=tuple(_attribute(rule, sizes) for rule in channels.attributes),
         branches=branches,
-        inputs={**channels.inputs, **{id: path for id, (path, _, _) in readers.items()}},
+        inputs={**channels.inputs, **{f"{path}.in": path for path in readers}},
     )
 
 
@@ -100,19 +100,35 @@ def _readers(model: nn.Module, channels: ChannelMap, group: str) -> list[tuple[s
     return found
 
 
-def _group(model: nn.Module, channels: ChannelMap, id: str, path: str, member: Member) -> ChannelGroup:
+def _earlier(model: nn.Module, channels: ChannelMap) -> dict[str, Member]:
+    """Layers that select already, and those that read the streams that these select from."""
+    modules = dict(model.named_modules())
+    selecting = {path for path, module in modules.items() if positions_of(module) is not None}
+    tied = set(channels.aliases.values())
+    found = {}
+    for pin in channels.pinned if selecting else ():
+        path, dim = pin.axis.tensor.removesuffix(".weight"), pin.axis.dim
+        reads = path in selecting or (pin.reason.module in selecting and "index_select" in pin.reason.operator)
+        plain = path != pin.axis.tensor and pin.axis.tensor not in tied and len(pin.positions) == pin.size
+        if reads and plain and dim == 1 and f"{path}.in" not in channels.groups and can_select(modules.get(path)):
+            found[path] = Member(pin.axis, np.arange(pin.size)[:, None], "in")
+    return found
+
+
+def _group(model: nn.Module, channels: ChannelMap, path: str, member: Member) -> ChannelGroup:
     kernel = list(channels.shapes[member.axis.tensor][2:])
     kind = f"in:{type(model.get_submodule(path)).__name__}.weight:{member.axis.dim}{kernel or ''}"
-    return ChannelGroup(id, len(member.index), (member,), kind=f"reads {kind}")
+    return ChannelGroup(f"{path}.in", len(member.index), (member,), kind=f"reads {kind}")
 
 
-def _pinned(channels: ChannelMap, streams: Collection[str], free: Collection[Axis]) -> list[PinnedAxis]:
-    return [
+def _pinned(channels: ChannelMap, streams: Collection[str], free: Collection[Axis]) -> tuple[PinnedAxis, ...]:
+    held = [
         PinnedAxis(m.axis, np.sort(m.index.ravel()), channels.shapes[m.axis.tensor][m.axis.dim], _WHOLE)
         for id in streams
         for m in channels[id].members
         if m.axis not in free
     ]
+    return (*(pin for pin in channels.pinned if pin.axis not in free), *held)
 
 
 def _attribute(rule: AttributeRule, streams: Mapping[str, int]) -> AttributeRule:
@@ -158,6 +174,11 @@ def _cost(
             entries.append(_Entry(row, group, count))
         else:
             fixed[row] += count * channels[group].size
+    priced = {e.row for e in entries}
+    for row, g in own.items():
+        if row not in priced:  # pinned so far
+            fixed[row] = 0
+            entries.append(_Entry(row, g.id, 1))
     widths = WidthTable(
         fixed, _ints(e.row for e in entries), _ints(ids.index(e.group) for e in entries),
         _ints(e.multiplicity for e in entries),

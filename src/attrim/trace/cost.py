@@ -35,8 +35,8 @@ class _Compiler:
         self.known: dict[tuple[int, int, int], int | None] = {}
         self.kept_alive: list[IntArray] = []
 
-    def width(self, vector: IntArray) -> int | None:
-        """The number of this axis' width; None if it never changes."""
+    def width(self, vector: IntArray, *, always: bool = False) -> int | None:
+        """The number of this axis' width; None if it never changes, unless ``always`` asks for it."""
         key = (id(vector), int(vector[0]), len(vector))
         if is_run(vector):
             key = (0, int(vector[0]), len(vector))  # an axis of a tensor: the same under any array object
@@ -44,8 +44,8 @@ class _Compiler:
             self.kept_alive.append(vector)  # an id is only a name while its array lives
         if key not in self.known:
             fixed, entries = linear_form(vector, self.parts)
-            self.known[key] = len(self.fixed) if entries else None
-            if entries:
+            self.known[key] = len(self.fixed) if entries or always else None
+            if entries or always:
                 for g, count in entries:
                     self.row.append(len(self.fixed))
                     self.group.append(g)
@@ -92,19 +92,22 @@ def compile_cost(
         group_branch: group number -> the branch with which it vanishes, or -1.
     """
     compiler = _Compiler(parts)
+    rows: dict[str, int] = {}
+    for axis, start, size in zip(space.axes, space.start, space.size, strict=True):
+        if (
+            axis.dim == 1 and axis.tensor in named.parameters
+        ):  # what a layer reads may be chosen also where it is pinned
+            rows[str(axis)] = len(compiler.fixed)
+            compiler.width(np.arange(start, start + size), always=True)
     macs = [compiler.term(term.coefficient, list(term.factors)) for term in book.costs]
     axes: dict[str, list[IntArray]] = {}
     for axis, start, size in zip(space.axes, space.start, space.size, strict=True):
         axes.setdefault(axis.tensor, []).append(np.arange(start, start + size))
-    params, rows = [], {}
+    params = []
     for name in sorted(named.parameters):
         vectors = axes.get(name, [])
         rest = named.tensors[name].numel() // math.prod(len(v) for v in vectors) if named.tensors[name].numel() else 0
         params.append(compiler.term(rest, vectors))
-    for axis, start, size in zip(space.axes, space.start, space.size, strict=True):
-        row = compiler.width(np.arange(start, start + size)) if axis.tensor in named.parameters else None
-        if row is not None:
-            rows[str(axis)] = row
     mac_terms = compiler.terms(macs, [known.ops.get(term.op, -1) for term in book.costs])
     param_terms = compiler.terms(params, [known.tensors.get(name, -1) for name in sorted(named.parameters)])
     arrays = [np.asarray(a, np.int64) for a in (compiler.fixed, compiler.row, compiler.group, compiler.multiplicity)]

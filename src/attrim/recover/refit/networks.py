@@ -52,7 +52,7 @@ def check_networks(dense: nn.Module, pruned: nn.Module, plan: PruningPlan) -> No
                     "Make it with attrim.apply(dense, plan)."
                 )
             continue
-        expected = plan.cuts[name].shape_after if name in plan.cuts else shape
+        expected = plan.shape_after(name, shape)
         if after.get(name) != expected:
             raise PlanError(
                 f"pruned: '{name}' should have shape {expected} after this plan, found {after.get(name)}. "
