@@ -129,3 +129,33 @@ def test_wrong_use_is_one_paragraph(call, net, trained, tmp_path):
     assert wrong.status == 2
     assert "has no option 'epoch'" in wrong.err
     assert "Traceback" not in wrong.err
+
+
+RESIDUAL = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, padding=2)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((x + self.outer(self.inner(x).relu())).mean((2, 3)))
+"""
+
+
+def test_pcas_selects_inputs_from_the_command_line(call, images, tmp_path):
+    (tmp_path / "residual.py").write_text(RESIDUAL)
+    net, out = f"{tmp_path / 'residual.py'}:Net", tmp_path / "run"
+    said = call(
+        *("prune", net, "--input", "1x3x8x8", "--data", images, "--batch-size", "16", "--method", "pcas", "--out", out),
+        *("--keep-macs", "0.8", "--frozen", "inner.weight:0", "--option", "policy=input_select", "--option", "epochs=1"),
+    )
+    assert said.status == 0, said.err
+    plan = attrim.PruningPlan.load(out / "plan.json")
+    assert "inner" in plan.selects
+    small = attrim.load(out, model=build(net).model)
+    assert small.stem.out_channels == small.outer.out_channels == 8
+    assert small.inner.in_channels == len(plan.selects["inner"].keep) < 8

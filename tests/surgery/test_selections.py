@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import attrim
+from attrim.core.plan import Cut
 from attrim.core.selection import Selection
 from attrim.errors import InputError, PlanError
 from attrim.modules.input_groups import input_groups, streams_of
@@ -293,3 +294,17 @@ def test_grouped_convolutions_read_the_whole_stream() -> None:
     plan = attrim.plan_from_kept(free, {"head.in": [1, 2]})
     with pytest.raises(PlanError, match="Conv2d with 2 groups"):
         attrim.apply(model, replace(plan, selects={"inner": Selection(-3, (0,))}))
+
+
+def test_layers_whose_weights_a_fused_kernel_takes_read_everything() -> None:
+    model = filled(
+        nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Linear(8, 3))
+    )
+    channels = attrim.trace(model, image(2, 4, 5))
+    assert not {"1.linear1", "1.self_attn.out_proj"} & set(input_groups(model, channels).inputs.values())
+    cut = Cut((12, 8), {1: (0, 1)})
+    plan = attrim.PruningPlan(
+        channels.fingerprint, {"1.linear1.weight": cut}, selects={"1.linear1": Selection(-1, (0, 1))}
+    )
+    with pytest.raises(PlanError, match=r"'1.linear1' \(Linear\); expected .* not inside a fused module"):
+        attrim.apply(model, plan)

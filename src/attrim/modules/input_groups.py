@@ -95,7 +95,7 @@ def _readers(model: nn.Module, channels: ChannelMap, group: str) -> list[tuple[s
         path = tensor.removesuffix(".weight")
         whole = member.index.size == channels.shapes[tensor][dim]
         plain = path != tensor and tensor not in tied and str(member.axis) in channels.cost.rows
-        if whole and plain and dim == 1 and can_select(modules.get(path)):
+        if whole and plain and dim == 1 and can_select(modules, path):
             found.append((path, member))
     return found
 
@@ -110,7 +110,7 @@ def _earlier(model: nn.Module, channels: ChannelMap) -> dict[str, Member]:
         path, dim = pin.axis.tensor.removesuffix(".weight"), pin.axis.dim
         reads = path in selecting or (pin.reason.module in selecting and "index_select" in pin.reason.operator)
         plain = path != pin.axis.tensor and pin.axis.tensor not in tied and len(pin.positions) == pin.size
-        if reads and plain and dim == 1 and f"{path}.in" not in channels.groups and can_select(modules.get(path)):
+        if reads and plain and dim == 1 and f"{path}.in" not in channels.groups and can_select(modules, path):
             found[path] = Member(pin.axis, np.arange(pin.size)[:, None], "in")
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ __all__ = [
     "SelectConv2d",
     "SelectConv3d",
     "SelectLinear",
+    "can_select",
+    "check_selects",
     "input_dim",
     "positions_of",
     "select_inputs",
@@ -65,10 +66,21 @@ SELECTING: Mapping[type[nn.Module], type[nn.Module]] = {
 """Type of a layer -> the same layer with a selection in front."""
 
 
-def can_select(module: Any) -> bool:
-    """Whether a layer may read a part of its input: torch's own convolutions without groups, and linear layers."""
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Modules that may hand the weights of their parts to one kernel, past the parts."""
+
+
+def can_select(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a layer may read a part of its input: torch's own convolutions without groups, and linear layers.
+
+    Args:
+        modules: of the network, by path.
+        path: of the layer.
+    """
+    module = modules.get(path)
     known = type(module) in SELECTING or type(module) in SELECTING.values()
-    return known and getattr(module, "groups", 1) == 1
+    called = not isinstance(modules.get(path.rpartition(".")[0]), _FUSED)
+    return known and called and getattr(module, "groups", 1) == 1
 
 
 def input_dim(module: nn.Module) -> int:
@@ -95,11 +107,11 @@ def check_selects(model: nn.Module, plan: PruningPlan) -> None:
                 f"the plan selects inputs of '{path}', which this model does not have. Build the model with the same "
                 "arguments, or trace this model and make the plan again."
             )
-        if not can_select(module):
+        if not can_select(modules, path):
             groups = f" with {module.groups} groups" if getattr(module, "groups", 1) != 1 else ""
             raise PlanError(
                 f"the plan selects inputs of '{path}' ({type(module).__name__}{groups}); expected a Conv1d, Conv2d or Conv3d "
-                "without groups, or a Linear, of torch's own types."
+                "without groups, or a Linear, of torch's own types and not inside a fused module."
             )
         _check_selection(path, module, selection, plan.cuts.get(f"{path}.weight"))
 

@@ -336,7 +336,7 @@ def test_history_reads_entries_and_refuses_what_is_none() -> None:
         ({"vote": "stv"}, InputError, "vote: expected one of pairwise"),
         ({"alloc": "even"}, InputError, "alloc: expected one of uniform, attention"),
         ({"attention": "sca"}, InputError, "attention: expected one of se, eca, fbs"),
-        ({"policy": "input_select"}, InputError, "a plan cannot express"),
+        ({"policy": "input_select"}, InputError, "shrinks channels, not what"),
         ({"end": "keep"}, InputError, "end: expected one of fold, drop"),
         ({"ranked": "rank"}, InputError, "ranked: expected one of logits"),
         ({"form": "bpr"}, InputError, "form: expected one of"),

@@ -133,7 +133,8 @@ class GlobalPruOptions:
                 raise InputError(f"{name}: expected one of {', '.join(map(str, known))}, found {found!r}.")
         if self.policy == "input_select":
             raise InputError(
-                "policy: expected 'internal' or 'tied', found 'input_select', which a plan cannot express."
+                "policy: expected 'internal' or 'tied', found 'input_select': the sparse training shrinks channels, not what "
+                "single layers read of them. Use method='pcas' for that."
             )
         for name, least in (("warmup_epochs", 1), ("epochs", 0), ("revote_every", 0), ("monitor", 0)):
             value = getattr(self, name)

@@ -167,7 +167,7 @@ class _Line:
             return None
         if self.place.dim < 0:
             self.place = replace(self.place, dim=args[0].ndim + self.place.dim)
-        self.input = args[0]
+        self.input = args[0] if self.gate.sees == "input" else None
         return (self.apply(args[0]), *args[1:])
 
     def apply(self, x: Tensor) -> Tensor:

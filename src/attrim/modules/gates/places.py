@@ -220,7 +220,7 @@ def _input_place(group: ChannelGroup, path: str, module: nn.Module) -> Place:
     index, read = member.index, positions_of(module)
     if read is not None:
         index = read.cpu().numpy()[index]
-    inputs, dim = _inputs(module)
+    inputs, dim = _inputs(module) if read is None else (0, 0)
     in_order = read is None and np.array_equal(index, np.arange(group.size)[:, None])
     reading = Reading({member.axis.tensor})
     return Place(group.id, path, (), input_dim(module), index, inputs, dim, reading, in_order, before=True)
