@@ -151,7 +151,16 @@ def test_pcas_selects_inputs_from_the_command_line(call, images, tmp_path):
     net, out = f"{tmp_path / 'residual.py'}:Net", tmp_path / "run"
     said = call(
         *("prune", net, "--input", "1x3x8x8", "--data", images, "--batch-size", "16", "--method", "pcas", "--out", out),
-        *("--keep-macs", "0.8", "--frozen", "inner.weight:0", "--option", "policy=input_select", "--option", "epochs=1"),
+        *(
+            "--keep-macs",
+            "0.8",
+            "--frozen",
+            "inner.weight:0",
+            "--option",
+            "policy=input_select",
+            "--option",
+            "epochs=1",
+        ),
     )
     assert said.status == 0, said.err
     plan = attrim.PruningPlan.load(out / "plan.json")

@@ -1,4 +1,4 @@
-"""Layers that read only a part of their input, and the channel map in which those parts can be chosen."""
+"""Layers that read only a part of their input."""
 
 from __future__ import annotations
 

@@ -94,9 +94,7 @@ def compile_cost(
     compiler = _Compiler(parts)
     rows: dict[str, int] = {}
     for axis, start, size in zip(space.axes, space.start, space.size, strict=True):
-        if (
-            axis.dim == 1 and axis.tensor in named.parameters
-        ):  # what a layer reads may be chosen also where it is pinned
+        if axis.dim == 1 and axis.tensor in named.parameters:  # what a layer reads may be chosen, pinned or not
             rows[str(axis)] = len(compiler.fixed)
             compiler.width(np.arange(start, start + size), always=True)
     macs = [compiler.term(term.coefficient, list(term.factors)) for term in book.costs]

@@ -54,7 +54,7 @@ def widened(model: nn.Module, small: nn.Module, plan: PruningPlan, analysis: Ana
     gone = _gone(analysis, cuts)
     zeroed: dict[str, Tensor] = {}
     wide: dict[str, Tensor] = {}
-    conflicts = []
+    conflicts: list[Conflict] = []
     before, after = named_tensors(model), named_tensors(small)
     for path in plan.selects:
         name = f"{path}.weight"
@@ -64,8 +64,9 @@ def widened(model: nn.Module, small: nn.Module, plan: PruningPlan, analysis: Ana
         if len(stays) < cut.shape_before[1]:
             old = cuts.get(name, Cut(cut.shape_before, {}))
             cuts[name] = Cut(cut.shape_before, {**old.keep, 1: tuple(stays.tolist())})
-        read = np.searchsorted(stays, cut.keep[1])
-        if not _reads(model.get_submodule(path), small.get_submodule(path), read):
+        read = np.minimum(np.searchsorted(stays, cut.keep[1]), len(stays) - 1)
+        agrees = np.array_equal(stays[read], cut.keep[1])
+        if not agrees or not _reads(model.get_submodule(path), small.get_submodule(path), read):
             text = f"'{path}' reads other positions of its input than its weight was cut to"
             conflicts.append(Conflict(Reason(text, module=path)))
         zeroed[name] = _only(before.tensors[name], cut.keep[1])

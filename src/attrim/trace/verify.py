@@ -15,6 +15,7 @@ from attrim.core.cost import IntArray
 from attrim.core.plan import PruningPlan, within
 from attrim.errors import InputError, PlanError
 from attrim.modules.names import fingerprint, named_tensors
+from attrim.modules.select import check_selects
 from attrim.trace.capture import Analysis, analyse
 from attrim.trace.compare import TOLERANCE, compare, exact_part
 from attrim.trace.dropped import compare_dropped, cuts_alone, dropped_by
@@ -115,6 +116,7 @@ def _verify_selects(
     model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float, analysis: Analysis
 ) -> Verification:
     """First the selections, then everything else between the two networks without them."""
+    check_selects(model, plan)
     wide = widened(model, small, plan, analysis)
     if wide.conflicts:
         return Verification(False, True, float("inf"), float("inf"), wide.conflicts, {}, "float64")
