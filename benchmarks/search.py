@@ -54,8 +54,13 @@ def main() -> None:
     }
     for part in options.parts:
         found[part] = workers(options) if bench is None or part == "workers" else PARTS[part](bench)
-        if options.json:
-            Path(options.json).write_text(json.dumps(found) + "\n", encoding="utf-8")
+        written(options, found)
+
+
+def written(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Put what was measured into the file that was asked for."""
+    if options.json:
+        Path(options.json).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
@@ -176,6 +181,7 @@ class Bench:
             scores = self.scores("arpruning", images)
             for name in ("uniform", *self.options.searches):
                 found.setdefault(name, []).append(self.searched(name, scores, images, seed))
+            self.so_far(found)
         report(self.options.network, found)
         return {"runs": found, "groups": list(self.channels.cost.groups), "sizes": self.channels.cost.sizes.tolist()}
 
@@ -189,8 +195,14 @@ class Bench:
                 for name in ("uniform", "neighbourhood"):
                     run = self.searched(name, scores, images, seed)
                     found.setdefault(f"{criterion}, {name}", []).append(run)
+            self.so_far(found)
         report(self.options.network, found)
         return {"runs": found}
+
+    def so_far(self, found: Mapping[str, Any]) -> None:
+        """The seeds that are done, beside the final file: a run of an hour may be killed."""
+        if self.options.json:
+            Path(f"{self.options.json}.part").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
     def searched(self, name: str, scores: attrim.Scores, images: list[Pair], seed: int) -> dict[str, Any]:
         """One search and what its result is worth."""

@@ -144,11 +144,11 @@ def sum_table(channels: ChannelMap) -> Table:
     for reason in channels.sums:
         found.setdefault(reason.text, []).append(reason)
     rows = tuple(
-        (same[0].module or "the model", f"+{len(same) - 1}" if same[1:] else "", same[0].source, text)
-        for text, same in found.items()
+        (same[0].module or "the model", f"+{len(same) - 1}" if same[1:] else "", str(same[0]))
+        for same in found.values()
     )
     title = f"{len(channels.sums)} sum{'' if len(channels.sums) == 1 else 's'} of which no side can be dropped"
-    return Table(title, ("in", "more", "at", "reason"), rows, frozenset({1}))
+    return Table(title, ("in", "more", "reason"), rows, frozenset({1}))
 
 
 def _part(pin: PinnedAxis) -> str:
