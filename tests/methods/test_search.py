@@ -139,7 +139,7 @@ def test_own_objectives_scores_and_searches(net, channels) -> None:
         criterion=lambda *_: scores,
         objective=Worth(channels),
         channels=channels,
-        evaluations=40,
+        evaluations=100,
     )
     assert again.value > found.value
 
@@ -342,7 +342,7 @@ def test_classes_from_files_are_found_by_workers(tmp_path) -> None:
         ({"algorithm": "bee", "settings": {"delta": 0.1}}, "the search 'bee' has none"),
         (
             {"settings": {"width": 2}},
-            "settings: expected groups, delta, finest, neighbours, failures, shift, found width",
+            "settings: expected groups, delta, finest, neighbours, failures, shift, siblings, found width",
         ),
         ({"start": "middle"}, "start: expected one of uniform, global, sensitivity, found 'middle'"),
         ({"objective": "slow"}, "objective: expected fast, naive or a function"),

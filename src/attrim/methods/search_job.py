@@ -83,11 +83,14 @@ class Judge:
         except (TypeError, ValueError) as error:
             raise InputError(f"objective: expected a float, found {value!r}.") from error
 
-    def expect(self, points: Sequence[Point]) -> None:
-        """Say which candidates come next."""
+    def expect(self, points: Sequence[Point]) -> list[Point]:
+        """Say which candidates come next; gives them back in the order that suits the objective."""
         objective = self._made()
-        if hasattr(objective, "expect"):
-            objective.expect([self._kept(point) for point in points])
+        if not hasattr(objective, "expect"):
+            return list(points)
+        wanted = objective.expect([self._kept(point) for point in points]) or []
+        chosen = set(wanted)
+        return [*wanted, *(point for point in points if point not in chosen)]
 
     def learn(self, known: Mapping[Point, Judgement]) -> None:
         """Take in a batch, whoever judged it."""
@@ -182,7 +185,7 @@ def search_of(algorithm: str | Search, settings: Mapping[str, Any]) -> Search:
         return SEARCHES[algorithm]
     if algorithm != "neighbourhood":
         raise InputError(f"settings: the search '{algorithm}' has none, found {dict(settings)!r}.")
-    known = ("groups", "delta", "finest", "neighbours", "failures", "shift")
+    known = ("groups", "delta", "finest", "neighbours", "failures", "shift", "siblings")
     if unknown := sorted(set(settings) - set(known)):
         raise InputError(f"settings: expected {', '.join(known)}, found {', '.join(unknown)}.")
     return neighbourhood_with(**settings)
@@ -194,13 +197,12 @@ def _alone(judge: Judge, tick: Callable[[int], None] | None) -> Evaluate:
     def evaluate(points: Sequence[Point]) -> list[float]:
         nonlocal done
         known = {}
-        judge.expect(points)
-        for point in points:
+        for point in judge.expect(points):
             known[point] = judge(point)
             done += 1
             if tick is not None:
                 tick(done)
-        judge.learn(known)
-        return [value for value, _ in known.values()]
+        judge.learn({point: known[point] for point in points})
+        return [known[point][0] for point in points]
 
     return evaluate

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from attrim.errors import InputError
 from attrim.search.protocol import Proposals, Search, Start
@@ -19,6 +19,69 @@ _DRAWS = 4
 """Draws for each wanted neighbour before the neighbourhood counts as seen."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """How neighbours are drawn; see :func:`neighbourhood_with`."""
+
+    groups: int
+    count: int
+    siblings: int
+    shift: Shift
+
+    def neighbours(
+        self, space: Space, here: Point, delta: float, seen: set[Point], random: np.random.Generator
+    ) -> list[Point]:
+        """New points on the budget."""
+        base = space.ratios(here)
+        exchange = self.shift == "chosen" and min(self.groups, len(space)) > 1
+        found: dict[Point, None] = {}
+        draws = _DRAWS * self.count
+        while draws > 0 and len(found) < self.count:
+            first = _Change.of(space, self.groups, delta, random) if exchange else None
+            born = 0
+            for _ in range(min(draws, _DRAWS * self.siblings)):
+                draws -= 1
+                point = (
+                    self._anywhere(space, base, delta, random) if first is None else first.point(space, base, random)
+                )
+                if point not in seen and point not in found and space.fits(point):
+                    found[point] = None
+                    born += 1
+                if born == self.siblings or len(found) == self.count:
+                    break
+        return list(found)
+
+    def _anywhere(self, space: Space, base: FloatArray, delta: float, random: np.random.Generator) -> Point:
+        chosen = random.choice(len(space), size=min(self.groups, len(space)), replace=False)
+        ratios = base.copy()
+        ratios[chosen] = np.clip(ratios[chosen] + random.uniform(-delta, delta, len(chosen)), 0, 1)
+        return space.project(ratios, only=chosen if self.shift == "chosen" else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A change of one group, for which others behind it make up."""
+
+    group: int
+    by: float
+    others: int
+    delta: float
+
+    @classmethod
+    def of(cls, space: Space, groups: int, delta: float, random: np.random.Generator) -> _Change:
+        """Of any group that has enough behind it."""
+        others = min(groups, len(space)) - 1
+        return cls(int(random.integers(len(space) - others)), random.uniform(-delta, delta), others, delta)
+
+    def point(self, space: Space, base: FloatArray, random: np.random.Generator) -> Point:
+        """With others that make up for it."""
+        ratios = base.copy()
+        ratios[self.group] = np.clip(ratios[self.group] + self.by, 0, 1)
+        behind = random.choice(np.arange(self.group + 1, len(space)), size=self.others, replace=False)
+        ratios[behind] = np.clip(ratios[behind] + random.uniform(-self.delta, self.delta, self.others), 0, 1)
+        return space.project(ratios, only=behind)
+
+
 def neighbourhood_with(
     *,
     groups: int = 2,
@@ -27,29 +90,33 @@ def neighbourhood_with(
     neighbours: int = 10,
     failures: int = 3,
     shift: Shift = "chosen",
+    siblings: int = 3,
 ) -> Search:
     """The search of :func:`neighbourhood` with other settings.
 
     Args:
         groups: how many groups a neighbour differs in before it is projected, >= 1.
-        shift: which groups make up for the change, so that the budget is met: the ``chosen`` ones alone, or ``all``. With
-            ``chosen``, the first of them is any group and the others come behind it: a neighbour then agrees with the
-            present point up to there, half of the network on average, and is evaluated from there on.
+        shift: which groups make up for the change, so that the budget is met: those that were ``chosen`` for it, or ``all``.
+            With ``chosen``, the first of them is any group and the others come behind it and make up for it: a neighbour
+            then agrees with the present point up to there, half of the network on average, and is evaluated from there on.
         delta: largest change of a kept fraction, in (0, 1].
         finest: the search restarts when ``delta`` falls below.
         neighbours: candidates in a batch, of which the best is taken.
         failures: batches without improvement after which ``delta`` is halved.
+        siblings: with ``chosen``, how many neighbours share the change of their first group; what they have in common is
+            evaluated once. 1 draws each on its own.
 
     Raises:
         InputError: a setting out of its range.
     """
     if shift not in get_args(Shift):
         raise InputError(f"shift: expected 'chosen' or 'all', found {shift!r}.")
-    if groups < 1 or neighbours < 1 or failures < 1 or not 0 < finest <= delta <= 1:
+    if min(groups, neighbours, failures, siblings) < 1 or not 0 < finest <= delta <= 1:
         raise InputError(
-            f"neighbourhood: expected groups, neighbours and failures >= 1 and 0 < finest <= delta <= 1, found {groups}, "
-            f"{neighbours}, {failures}, {finest} and {delta}."
+            "neighbourhood: expected groups, neighbours, failures and siblings >= 1 and 0 < finest <= delta <= 1, found "
+            f"{groups}, {neighbours}, {failures}, {siblings}, {finest} and {delta}."
         )
+    draw = _Draw(groups, neighbours, siblings, shift)
 
     def search(space: Space, start: Start, seed: int) -> Proposals:
         random = np.random.default_rng(seed)
@@ -62,7 +129,7 @@ def neighbourhood_with(
         while True:
             step, lost = delta, 0
             while step >= finest:
-                batch = _neighbours(space, here, step, groups, neighbours, seen, random, shift)
+                batch = draw.neighbours(space, here, step, seen, random)
                 seen.update(batch)
                 values = yield batch
                 top = int(np.argmax(values)) if batch else -1
@@ -83,48 +150,14 @@ def neighbourhood_with(
 
 
 neighbourhood: Search = neighbourhood_with()
-"""Hill climbing by best improvement. A neighbour changes two groups' kept fractions by up to ``delta`` each and is
-projected on the budget by a shift of these two; the best of ten new ones replaces the present point if it is better. After three batches without
-improvement ``delta`` halves; below 0.025 the search starts anew, by turns from the best point with 30 % of its groups
+"""Hill climbing by best improvement. A neighbour changes one group's kept fraction by up to ``delta``, and one group behind
+it such that the budget is met; the best of ten new ones, of which three at a time share the first change, replaces the present point if it is
+better. After three batches without improvement ``delta`` halves; below 0.025 the search starts anew, by turns from the best point with 30 % of its groups
 redrawn and from random ratios.
 
 Source: T. Yuan et al., ARPruning, Neural Networks 174, 2024, names a local neighbourhood search of the ratios; every detail
 here is our reading (two groups: Lin et al., ABCPruner, IJCAI 2020).
 """
-
-
-def _neighbours(
-    space: Space,
-    here: Point,
-    delta: float,
-    groups: int,
-    count: int,
-    seen: set[Point],
-    random: np.random.Generator,
-    shift: Shift,
-) -> list[Point]:
-    base = space.ratios(here)
-    found: dict[Point, None] = {}
-    groups = min(groups, len(space))
-    for _ in range(_DRAWS * count):
-        ratios = base.copy()
-        chosen = _from_one_on(len(space), groups, random) if shift == "chosen" else None
-        if chosen is None:
-            chosen = random.choice(len(space), size=groups, replace=False)
-        ratios[chosen] = np.clip(ratios[chosen] + random.uniform(-delta, delta, len(chosen)), 0, 1)
-        point = space.project(ratios, only=chosen if shift == "chosen" else None)
-        if point not in seen and space.fits(point):
-            found[point] = None
-        if len(found) == count:
-            break
-    return list(found)
-
-
-def _from_one_on(size: int, groups: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Numbers of one group, any that has enough behind it, and of others behind it."""
-    first = int(random.integers(size - groups + 1))
-    behind = random.choice(np.arange(first + 1, size), size=groups - 1, replace=False)
-    return np.concatenate([[first], behind]).astype(np.int64)
 
 
 def _redrawn(space: Space, base: Point, share: float, random: np.random.Generator) -> Point:

@@ -23,7 +23,7 @@ def shared(
     trials: Trials,
     judge: Callable[[Point], Judgement],
     *,
-    expect: Callable[[Sequence[Point]], None] | None = None,
+    expect: Callable[[Sequence[Point]], Sequence[Point]] | None = None,
     learn: Callable[[Mapping[Point, Judgement]], None] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Evaluate:
@@ -35,7 +35,8 @@ def shared(
     Args:
         trials: the study.
         judge: the objective.
-        expect: called before the first candidate of a batch that has to be judged, with all of them that are not known.
+        expect: called before the first candidate of a batch that has to be judged, with all of them that are not known;
+            returns them in the order in which it would judge them.
         learn: called after each batch with what is known about its candidates, in their order, whoever judged them.
         tick: called at every look, with the number of finished trials; it may raise to end the search.
 
@@ -55,8 +56,8 @@ def shared(
                 break
             free = [point for point in left if point not in trials.running]
             if free and expect is not None and not expected:
-                expect(left)
-                expected = True
+                order, expected = list(expect(left)), True
+                free = [point for point in order if point in free]
             claim = trials.claim(free[0]) if free else None
             if claim is not None:
                 _carry_out(trials, claim, judge)

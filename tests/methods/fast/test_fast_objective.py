@@ -76,7 +76,7 @@ def test_every_candidate_scores_what_it_scores_plainly(make: type[nn.Module], me
     objective = case.fast(stop=None, memory=memory)
     found = [objective(points[0]), *(judged.value for judged in objective.judge(points[1:]))]
     assert found == pytest.approx([case.plainly(p) for p in points], abs=1e-12)
-    assert (objective.work < len(points)) == (memory > 0 and make is not Plain)
+    assert (objective.work < len(points)) == (memory > 0)
 
 
 def test_the_reference_follows_the_search() -> None:
@@ -109,12 +109,63 @@ def test_candidates_that_come_one_by_one_find_a_reference_too() -> None:
     assert values == pytest.approx([case.plainly(p) for p in points], abs=1e-12)
 
 
+@pytest.mark.parametrize("make", [Residual, Mobile])
+@pytest.mark.parametrize("stop", [None, Stop()])
+def test_what_neighbours_share_behind_the_reference_runs_once(make: type[nn.Module], stop: Stop | None) -> None:
+    """Three families, of which one holds its own trunk and one changes the first group of all; two are alone."""
+    case = Case(make)
+    base = list(case.points(1)[0])
+    last = len(base) - 1
+
+    def changed(*changes: tuple[int, int]) -> tuple[int, ...]:
+        other = base.copy()
+        for group, by in changes:
+            other[group] -= by
+        return tuple(other)
+
+    batch = [
+        changed((0, 2)),
+        changed((0, 2), (1, 1)),
+        changed((0, 2), (last, 2)),
+        changed((0, 2), (last, 3), (1, 2)),
+        changed((0, 1), (last, 1)),
+        changed((1, 3), (last, 1)),
+        changed((1, 3), (last, 2)),
+        changed((1, 3), (last - 1, 2)),
+        changed((2, 3), (last, 2)),
+    ]
+    objective = case.fast(stop=stop)
+    objective(tuple(base))
+    order = objective.expect(batch)
+    assert sorted(order) == sorted(batch)
+    places = [order.index(point) for point in batch[:4]]
+    assert max(places) - min(places) == 3  # one after the other
+    for _ in range(2):  # the best of the batch is the next reference, filled through a trunk
+        before = objective.work
+        found = objective.judge(batch)
+        spent = objective.work - before
+        exact = [case.plainly(p) for p in batch]
+        assert [j.value for j in found if j.complete] == pytest.approx(
+            [e for e, j in zip(exact, found, strict=True) if j.complete], abs=1e-12
+        )
+        if stop is None:
+            assert all(j.complete for j in found)
+            layout = objective._origins.layout
+            alone = sum(1 - layout.saved(layout.depth(tuple(base), p)) for p in batch)
+            assert spent < 0.85 * (alone if objective._origins._reference else len(batch))
+        best = objective.best
+        assert best is not None
+        base = list(best[0])
+        batch = [changed((1, 1)), changed((1, 1), (last, 1)), changed((1, 1), (last - 1, 1)), changed((last, 1))]
+    assert all(not module._forward_hooks for module in case.model.modules())
+
+
 def test_memory_bounds_what_is_kept() -> None:
     case = Case(Residual)
     images = sum(len(x) for x, _ in (*case.calibration, *case.holdout))
-    all_of_it = case.fast(stop=None)._layout.nbytes * images
-    less = case.fast(stop=None, memory=all_of_it // 3)
-    assert 0 < less._layout.nbytes * images <= all_of_it // 3
+    all_of_it = case.fast(stop=None)._origins.layout.nbytes * images
+    less = case.fast(stop=None, memory=all_of_it)
+    assert 0 < less._origins.layout.nbytes * images <= all_of_it // 4  # one of four
 
 
 def test_the_best_is_the_best_although_others_are_given_up() -> None:
@@ -353,6 +404,6 @@ def test_the_best_of_a_batch_becomes_the_reference_without_another_run() -> None
     near = [(*best[:last], k) for k in range(1, 9) if k != best[last]]
     before = objective.work
     found = objective.judge(near)
-    own = 1 - objective._layout.saved(objective._layout.depth(best, near[0]))
+    own = 1 - objective._origins.layout.saved(objective._origins.layout.depth(best, near[0]))
     assert objective.work - before == pytest.approx(own * len(near))  # and nothing for the reference
     assert [j.value for j in found] == pytest.approx([case.plainly(p) for p in near], abs=1e-12)

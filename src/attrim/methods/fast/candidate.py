@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attrim.methods.fast.boundary import Boundary
-from attrim.methods.fast.folding import folded
+from attrim.methods.fast.folding import fold, folded
 from attrim.methods.fast.recording import Key
-from attrim.methods.fast.resume import Kept, keeping, resuming
+from attrim.methods.fast.resume import Enough, Kept, keeping, resuming
 from attrim.methods.fast.values import all_outputs
 from attrim.modules.batches import Batch, run_batch
 from attrim.recover.moments import Moments
@@ -43,8 +43,8 @@ class Candidate:
         self,
         network: nn.Module,
         where: Boundary | None,
-        calibration: Sequence[Mapping[Key, Any]],
-        held: Sequence[Mapping[Key, Any]],
+        calibration: Sequence[Kept],
+        held: Sequence[Kept],
         pairs: Sequence[tuple[str, str]],
     ) -> None:
         self.network, self.where, self.pairs = network.eval(), where, pairs
@@ -86,33 +86,49 @@ class Candidate:
                     found = value(self._run(batch, self._held, number, keep), batch)
                 yield found
 
-    def _run(self, batch: Batch, stored: Sequence[Mapping[Key, Any]], number: int, keep: Keep | None) -> Any:
-        if keep is not None:
-            with keeping(self._modules, keep.wanted, keep.shapes, keep.fragile, self.where, keep.into(number)):
-                return self._resumed(batch, stored, number)
-        return self._resumed(batch, stored, number)
+    def fold(self) -> None:
+        """Fold the batch norms for good, for :meth:`run_held`."""
+        fold(self.network, self.pairs, [], [])
 
-    def _resumed(self, batch: Batch, stored: Sequence[Mapping[Key, Any]], number: int) -> Any:
+    @torch.no_grad()
+    def run_held(self, batch: Batch, number: int, keep: Keep) -> None:
+        """Run one held-out batch for what is kept of it."""
+        self._run(batch, self._held, number, keep)
+
+    def _run(self, batch: Batch, stored: Sequence[Kept], number: int, keep: Keep | None) -> Any:
+        if keep is None:
+            return self._resumed(batch, stored, number)
+        into = keep.into(number)
+        try:
+            with keeping(self._modules, keep.wanted, keep.shapes, keep.fragile, self.where, into, keep.enough):
+                return self._resumed(batch, stored, number)
+        except Enough:
+            return None
+
+    def _resumed(self, batch: Batch, stored: Sequence[Kept], number: int) -> Any:
         if self.where is None:
             return run_batch(self.network, batch)
         with resuming(self._modules, self.where, stored[number]):
             return run_batch(self.network, batch)
 
 
-def unlike(whole: Candidate, boundaries: Sequence[Boundary], batch: Batch, kept: Mapping[Key, Any]) -> set[int]:
+def unlike(whole: Candidate, boundaries: Sequence[Boundary], fragile: frozenset[Key], batch: Batch) -> set[int]:
     """Numbers of the boundaries from which a network does not give what it gives as a whole.
 
     Args:
         whole: a candidate that is run from its beginning.
         boundaries: to be tried.
+        fragile: calls whose outputs change in place after they were given.
         batch: what it is tried on.
-        kept: its outputs on that batch.
     """
-    expected = torch.cat(list(whole.values([batch], all_outputs)))
+    real = frozenset(key for b in boundaries for key in b.real)
+    shapes = frozenset(key for b in boundaries for key in b.skipped) - real
+    keep = Keep(real, shapes, fragile, 1)
+    expected = torch.cat(list(whole.values([batch], all_outputs, keep)))
     wrong = set()
     for number, where in enumerate(boundaries):
         resumed = copy.copy(whole)
-        resumed.where, resumed._held = where, [kept]
+        resumed.where, resumed._held = where, keep.kept
         try:
             found = torch.cat(list(resumed.values([batch], all_outputs)))
         except (RuntimeError, ValueError, TypeError, IndexError):
@@ -124,12 +140,33 @@ def unlike(whole: Candidate, boundaries: Sequence[Boundary], batch: Batch, kept:
 
 
 class Keep:
-    """Which outputs to keep, and where they go: one dict for each batch."""
+    """Which outputs to keep, and where they go: one dict for each batch.
 
-    def __init__(self, wanted: frozenset[Key], shapes: frozenset[Key], fragile: frozenset[Key], batches: int) -> None:
-        self.wanted, self.shapes, self.fragile = wanted, shapes, fragile
+    Args:
+        wanted, shapes, fragile: as in :func:`~attrim.methods.fast.resume.keeping`.
+        batches: how many.
+        known: outputs that are taken over from ``before``, batch by batch, when a batch is run.
+        before: what a run begins with, or None.
+        enough: whether a run ends once everything is kept.
+    """
+
+    def __init__(
+        self,
+        wanted: frozenset[Key],
+        shapes: frozenset[Key],
+        fragile: frozenset[Key],
+        batches: int,
+        known: frozenset[Key] = frozenset(),
+        before: Sequence[Kept] | None = None,
+        enough: bool = False,
+    ) -> None:
+        self.wanted, self.shapes, self.fragile, self.enough = wanted, shapes, fragile, enough
         self.kept: list[Kept] = [{} for _ in range(batches)]
+        self._known, self._before = known, before
 
     def into(self, batch: int) -> Kept:
         """The dict of one batch."""
+        if self._before is not None and not self.kept[batch]:
+            old = self._before[batch]
+            self.kept[batch].update({key: old[key] for key in self._known if key in old})
         return self.kept[batch]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attrim.methods.fast.recording import Recording
 
-__all__ = ["foldable", "folded"]
+__all__ = ["fold", "foldable", "folded"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -51,31 +51,38 @@ def foldable(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
 
 
 @contextmanager
-@torch.no_grad()
 def folded(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> Iterator[None]:
     """Inside, the convolutions do the norms' work in eval mode and the norms do nothing."""
-    modules: dict[str, Any] = dict(model.named_modules())
     before: list[tuple[Any, Any, Any]] = []
     norms: list[Any] = []
     try:
-        for conv_path, norm_path in pairs:
-            conv, norm = modules[conv_path], modules[norm_path]
-            scale = (norm.running_var + norm.eps).rsqrt()
-            scale = scale if norm.weight is None else scale * norm.weight
-            shift = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale
-            shift = shift if norm.bias is None else shift + norm.bias
-            before.append((conv, conv.weight, conv.bias))
-            weight = conv.weight * scale.view(-1, *[1] * (conv.weight.ndim - 1))
-            conv.weight = nn.Parameter(weight, requires_grad=False)
-            conv.bias = nn.Parameter(shift, requires_grad=False)
-            norm.__dict__["forward"] = _same
-            norms.append(norm)
+        fold(model, pairs, before, norms)
         yield
     finally:
         for conv, weight, bias in before:
             conv.weight, conv.bias = weight, bias
         for norm in norms:
             del norm.__dict__["forward"]
+
+
+@torch.no_grad()
+def fold(
+    model: nn.Module, pairs: Sequence[tuple[str, str]], before: list[tuple[Any, Any, Any]], norms: list[Any]
+) -> None:
+    """What :func:`folded` does, for good; notes what was there before, and the norms."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    for conv_path, norm_path in pairs:
+        conv, norm = modules[conv_path], modules[norm_path]
+        scale = (norm.running_var + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+        before.append((conv, conv.weight, conv.bias))
+        weight = conv.weight * scale.view(-1, *[1] * (conv.weight.ndim - 1))
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+        conv.bias = nn.Parameter(shift, requires_grad=False)
+        norm.__dict__["forward"] = _same
+        norms.append(norm)
 
 
 def _same(x: Tensor) -> Tensor:

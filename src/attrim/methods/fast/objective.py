@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -16,18 +15,16 @@ from torch.utils._pytree import tree_map_only
 
 from attrim.core.channels import ChannelMap
 from attrim.core.scores import Scores
-from attrim.errors import AttrimWarning, DataError, InputError
-from attrim.methods.fast.candidate import Candidate, Keep, Values, unlike
-from attrim.methods.fast.folding import foldable
+from attrim.errors import DataError
+from attrim.methods.fast.candidate import Candidate, Keep, Values
+from attrim.methods.fast.cutter import Cutter
 from attrim.methods.fast.heldout import HeldOut, batches_for, few, small_enough
+from attrim.methods.fast.origins import Origins
 from attrim.methods.fast.recording import record
-from attrim.methods.fast.reference import Keeping, Layout, Reference, lay_out
 from attrim.methods.fast.stops import Doubt, Stop, lesson
 from attrim.methods.fast.values import Judged, given_up, top1, with_clearness
 from attrim.modules.batches import Batch, batch_source, device_of, read_batch
-from attrim.search.decide import plan_from_kept
 from attrim.search.space import Point
-from attrim.surgery.cut import apply
 
 __all__ = ["FastObjective"]
 
@@ -86,7 +83,7 @@ class FastObjective:
         *,
         values: Values = top1,
         stop: Stop | None = Stop(),  # noqa: B008  (frozen)
-        memory: int = 3 << 30,
+        memory: int = 4 << 30,
         channels_last: bool = True,
     ) -> None:
         self._model = copy.deepcopy(model).eval()
@@ -94,24 +91,14 @@ class FastObjective:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             self._model.to(memory_format=torch.channels_last)
-        self._orders = {
-            group: values.argsort(descending=True, stable=True).tolist() for group, values in scores.values.items()
-        }
         self._calibration = self._held(calibration, "calibration")
         held = self._held(holdout, "holdout")
         some = few(held[0])
         recording = record(self._model, some)
         self._holdout = HeldOut(small_enough(held, recording.widest() / some.size, device_of(self._model)))
-        self._pairs = foldable(self._model, recording)
-        use = recording.first_use(self._model)
-        first = [min(use[m.axis.tensor] for m in channels[g].members) for g in channels.cost.groups]
-        images = sum(b.size for b in self._calibration) + self._holdout.samples
-        self._layout: Layout = lay_out(
-            recording, first, some.size, images, memory // 3
-        )  # two of them, and one in the making
-        self._checked = self._sorted = False
-        self._reference: Reference | None = None
-        self._ready: tuple[Reference, float] | None = None
+        cutter = Cutter(self._model, channels, scores, self._format)
+        self._origins = Origins(cutter, recording, some.size, self._calibration, self._holdout, values, memory)
+        self._sorted = False
         self._known: dict[Point, Judged] = {}
         self._recent: deque[Point] = deque(maxlen=_RECENT)
         self._early: dict[Point, Tensor] = {}
@@ -120,7 +107,11 @@ class FastObjective:
         self._first: Point | None = None
         self._best: Point | None = None
         self._doubt = Doubt()
-        self.work = 0.0
+
+    @property
+    def work(self) -> float:
+        """What was run so far, in runs of a whole network."""
+        return self._origins.work
 
     @property
     def best(self) -> tuple[Point, float] | None:
@@ -141,12 +132,10 @@ class FastObjective:
             InputError: counts that the network cannot keep.
         """
         points = [self._point(kept) for kept in candidates]
-        self.expect(points)
         found = {point: self._known[point] for point in points if point in self._known}
-        for point in points:
-            if point not in found:
-                found[point] = self.judge_one(point)
-        self.learn(found)
+        for point in self.expect(points):
+            found[point] = self.judge_one(point)
+        self.learn({point: found[point] for point in points})
         return [found[point] for point in points]
 
     def judge_one(self, kept: Kept, *, exact: bool = False) -> Judged:
@@ -163,23 +152,28 @@ class FastObjective:
         self._sort()
         self._recent.append(point)
         if point not in self._expected:
-            self._aim(list(self._recent))
+            self._origins.aim(list(self._recent), self._whole())
         return self._judge(point, None if exact else self._best)
 
-    def expect(self, candidates: Sequence[Kept]) -> None:
+    def expect(self, candidates: Sequence[Kept]) -> list[Point]:
         """Say which candidates come next, so that the reference can be chosen for all of them; changes no value.
 
         Args:
             candidates: kept counts. One alone says nothing.
 
+        Returns:
+            Those that are not known, in the order in which they are judged fastest: what some of them share behind the
+            reference is run once, if they come one after the other. Several processes begin at different places.
+
         Raises:
             InputError: counts that the network cannot keep.
         """
-        points = [point for kept in candidates if (point := self._point(kept)) not in self._known]
+        points = list(dict.fromkeys(p for kept in candidates if (p := self._point(kept)) not in self._known))
         self._expected = set(points) if len(points) > 1 else set()
         if self._expected:
             self._sort()
-            self._aim(points)
+            self._origins.aim(points, self._whole())
+        return self._origins.expect(points, self._best)
 
     def learn(self, found: Mapping[Point, Judged], eligible: Callable[[Point], bool] = lambda point: True) -> None:
         """Take in results, in their order, from here or elsewhere.
@@ -199,6 +193,9 @@ class FastObjective:
             if judged.complete and eligible(point) and better:
                 self._best = point
 
+    def _whole(self) -> list[Point]:
+        return [point for point, judged in self._known.items() if judged.complete]
+
     def _point(self, kept: Kept) -> Point:
         return tuple(self._channels.cost.vector(kept).tolist())
 
@@ -207,7 +204,8 @@ class FastObjective:
         if self._sorted or self._first is None:
             return
         self._holdout.sort(self._answered(self._first)[:, 1])
-        self._sorted, self._early, self._reference, self._ready = True, {}, None, None
+        self._sorted, self._early = True, {}
+        self._origins.forget()
 
     def _answered(self, point: Point) -> Tensor:
         """A candidate's values in the order in which the samples came; it is judged whole if they are not at hand."""
@@ -219,10 +217,8 @@ class FastObjective:
         """Judge a candidate against another one, or alone."""
         best = None if rival is None else self._holdout.present(self._answered(rival))[:, 0]
         early: tuple[Tensor, Tensor] | None = None
-        candidate, depth = self._candidate(point)
-        keeping = self._keeping(candidate, depth) if self._checked and self._layout.boundaries else None
+        candidate, keeping = self._origins.begin(point)
         keep = None if keeping is None else keeping.calibration
-        self.work += 1 - self._layout.saved(depth)
         if rival is not None and best is not None and self._early_batches(candidate) and self._early_tells():
             rivals = self._early_values(rival)
             mine = self._looked_at_early(candidate, rivals, keep)
@@ -238,18 +234,10 @@ class FastObjective:
         self._answers[point] = self._holdout.arrived(answers)
         learned = None if best is None else lesson(answers[:, 0], best, early)
         judged = Judged(float(answers[:, 0].double().mean()), True, len(answers), learned)
-        if keeping is not None and judged.value > self._bar():
-            self._ready = keeping.reference(point), judged.value
+        if keeping is not None:
+            known = float("-inf") if self._best is None else self._known[self._best].value
+            self._origins.offer(keeping, point, judged.value, known)
         return judged
-
-    def _bar(self) -> float:
-        """The value above which a candidate may be the next reference."""
-        known = [] if self._best is None else [self._known[self._best].value]
-        return max([*known, *([] if self._ready is None else [self._ready[1]])], default=float("-inf"))
-
-    def _keeping(self, candidate: Candidate, depth: int) -> Keeping:
-        calibrated = len(self._calibration) if candidate.norms else 0
-        return Keeping(self._layout, depth, self._reference, calibrated, len(self._holdout.batches))
 
     def _early_batches(self, candidate: Candidate) -> int:
         """Calibration batches before the first look; 0 where there is none."""
@@ -265,11 +253,11 @@ class FastObjective:
         to both should be the same.
         """
         if rival not in self._early:
-            candidate, depth = self._candidate(rival, 0.5)
+            first = 0.0 if self._stop is None else self._stop.first
+            candidate = self._origins.half(rival, first)
             candidate.calibrate(self._calibration, self._early_batches(candidate))
             values = candidate.values(self._early_look(), self._values)
             self._early = {rival: torch.cat([with_clearness(value)[:, 0] for value in values])}
-            self.work += (1 - self._layout.saved(depth)) * (0.0 if self._stop is None else self._stop.first)
         return self._early[rival]
 
     def _early_tells(self) -> bool:
@@ -309,79 +297,6 @@ class FastObjective:
                     candidate.seen = mine
                     return None
         return torch.cat(found)
-
-    def _candidate(self, point: Point, share: float = 1.0) -> tuple[Candidate, int]:
-        """A candidate that begins at the last boundary before its first difference from the reference, or earlier."""
-        reference = self._reference
-        depth = 0 if reference is None else int(share * self._layout.depth(reference.point, point))
-        where = self._layout.boundaries[depth - 1] if depth else None
-        calibration = reference.calibration if reference is not None else []
-        held = reference.held if reference is not None else []
-        return Candidate(self._network(point), where, calibration, held, self._pairs), depth
-
-    def _network(self, point: Point) -> nn.Module:
-        groups, sizes = self._channels.cost.groups, self._channels.cost.sizes
-        kept: dict[str, list[int]] = {}
-        for group, count, size in zip(groups, point, sizes.tolist(), strict=True):
-            if count == size:
-                continue
-            if group not in self._orders:
-                raise InputError(f"group '{group}' has no scores, so it stays whole; found {count} of {size} channels.")
-            kept[group] = sorted(self._orders[group][:count])
-        network = apply(self._model, plan_from_kept(self._channels, kept), share=True)
-        return network.to(memory_format=self._format)
-
-    def _aim(self, points: Sequence[Point]) -> None:
-        """Take another reference if it saves more work than it costs."""
-        if not self._layout.boundaries:
-            return
-        now = self._reference
-        at_hand = 0.0 if now is None else self._savings(now.point, points)
-        gain, chosen = 0.0, None
-        for known in (p for p, judged in self._known.items() if judged.complete):
-            extra = self._savings(known, points) - at_hand - self._price(known)
-            if extra > gain:
-                gain, chosen = extra, known
-        if chosen is not None:
-            self._build(chosen)
-
-    def _price(self, point: Point) -> float:
-        """What it costs to make a candidate the reference, in whole runs."""
-        if self._ready is not None and self._ready[0].point == point:
-            return 0.0
-        return 1.0 - (self._layout.saved(self._layout.depth(self._reference.point, point)) if self._reference else 0.0)
-
-    def _savings(self, reference: Point, points: Sequence[Point]) -> float:
-        return sum(self._layout.saved(self._layout.depth(reference, point)) for point in points)
-
-    def _build(self, point: Point) -> None:
-        if self._ready is not None and self._ready[0].point == point:
-            self._reference, self._ready = self._ready[0], None
-            return
-        candidate, depth = self._candidate(point)
-        self.work += 1 - self._layout.saved(depth)
-        keeping = self._keeping(candidate, depth)
-        candidate.calibrate(self._calibration, len(self._calibration), keeping.calibration)
-        for _ in candidate.values(self._holdout.batches, self._values, keeping.held):
-            pass
-        self._reference = keeping.reference(point)
-        if not self._checked:
-            self._check(candidate)
-
-    def _check(self, whole: Candidate) -> None:
-        """Leave out the places from where the reference does not give the same."""
-        if self._reference is None or whole.where is not None:
-            return
-        wrong = unlike(whole, self._layout.boundaries, self._holdout.batches[0], self._reference.held[0])
-        if wrong:
-            warnings.warn(
-                f"{len(wrong)} of {len(self._layout.boundaries)} places where evaluation could be taken up do not give what "
-                "the whole network gives, and are not used: candidates are evaluated right, but slower.",
-                AttrimWarning,
-                stacklevel=2,
-            )
-        self._layout = self._layout.without(wrong)
-        self._checked = True
 
     def _held(self, batches: Iterable[Any], name: str) -> list[Batch]:
         device = device_of(self._model)

@@ -15,7 +15,11 @@ from torch.utils._pytree import tree_map_only
 from attrim.methods.fast.boundary import Boundary
 from attrim.methods.fast.recording import Key
 
-__all__ = ["Kept", "Shape", "keeping", "resuming"]
+__all__ = ["Enough", "Kept", "Shape", "keeping", "resuming"]
+
+
+class Enough(BaseException):
+    """Ends a forward pass whose outputs are all kept; no error, and nothing that a network should catch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ def keeping(
     fragile: Collection[Key],
     where: Boundary | None,
     kept: Kept,
+    enough: bool = False,
 ) -> Iterator[None]:
     """Keep the outputs of the calls ``wanted``, and the shapes alone of those in ``shapes``, of one forward pass.
 
@@ -52,8 +57,13 @@ def keeping(
         fragile: calls whose outputs are copied, because they are changed in place later on.
         where: the boundary at which the pass is taken up, None for a whole one.
         kept: filled.
+        enough: whether the pass ends once everything is kept.
+
+    Raises:
+        Enough: when it does.
     """
     paths = {path for path, _ in (*wanted, *shapes)}
+    missing = {*wanted, *shapes}.difference(kept)
     handles: list[Any] = []
 
     def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -67,6 +77,9 @@ def keeping(
                 kept[key] = tree_map_only(Tensor, torch.clone if key in fragile else torch.detach, out)
             elif key in shapes:
                 kept[key] = tree_map_only(Tensor, _shape, out)
+            missing.discard(key)
+            if enough and not missing:
+                raise Enough
 
         return note
 
