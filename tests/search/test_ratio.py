@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -141,11 +142,31 @@ def test_hopeless_candidates_and_reports(space) -> None:
     assert found.value >= 8
 
 
+@pytest.mark.parametrize(("siblings", "groups"), [(1, 2), (3, 2), (4, 3), (5, 2)])
+def test_neighbours_share_their_first_change_and_keep_the_budget(space, siblings, groups) -> None:
+    search = neighbourhood_with(siblings=siblings, groups=groups)(space, uniform, 5)
+    here = search.send(None)[0]
+    batch = search.send([0.0])
+    assert len(batch) == len(set(batch)) == 10
+    assert all(space.fits(point) for point in batch)
+    changes = []
+    for point in batch:
+        different = [i for i in space.free.tolist() if point[i] != here[i]]
+        assert 1 < len(different) <= groups
+        changes.append((different[0], point[different[0]]))
+    runs = [len(list(same)) for _, same in itertools.groupby(changes)]
+    assert max(runs) == siblings or (siblings == 1 and max(runs) <= 2)
+    assert sum(runs) == 10
+    assert len(runs) >= -(-10 // siblings)
+
+
 def test_wrong_settings(space, concave) -> None:
     for wrong in (0, True, 2.5):
         with pytest.raises(InputError, match="evaluations: expected an int >= 1"):
             run("random", space, concave, evaluations=wrong)
     with pytest.raises(InputError, match="0 < finest <= delta <= 1"):
         neighbourhood_with(delta=2)
+    with pytest.raises(InputError, match="siblings >= 1"):
+        neighbourhood_with(siblings=0)
     with pytest.raises(InputError, match=r"keep and strength in \(0, 1\)"):
         sensitivity(keep=1)
