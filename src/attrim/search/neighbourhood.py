@@ -39,7 +39,7 @@ class _Draw:
         while draws > 0 and len(found) < self.count:
             first = _Change.of(space, self.groups, delta, random) if exchange else None
             born = 0
-            for _ in range(min(draws, _DRAWS * self.siblings)):
+            for _ in range(min(draws, 2 * self.siblings)):
                 draws -= 1
                 point = (
                     self._anywhere(space, base, delta, random) if first is None else first.point(space, base, random)
