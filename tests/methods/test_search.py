@@ -99,6 +99,14 @@ def test_naive_and_fast_objectives_agree(net, images) -> None:
     assert look(net, images).value == pytest.approx(naive.value, abs=1 / 32 + 1e-9)
 
 
+def test_less_memory_changes_no_value(net, images, channels) -> None:
+    objective = Ask(net, channels, random_scores(channels), "fast", images[:1], images[1:], memory=0).make()
+    assert objective._origins.layout.nbytes == 0
+    plenty, none = (look(net, images, early_stop=False, memory=memory) for memory in (1 << 30, 0))
+    assert [t.kept for t in none.trials] == [t.kept for t in plenty.trials]
+    assert [t.value for t in none.trials] == pytest.approx([t.value for t in plenty.trials])
+
+
 def test_a_metric_takes_the_place_of_accuracy(net, images) -> None:
     loss = nn.functional.cross_entropy
     found = look(net, images, metric=lambda outputs, batch: -loss(outputs, batch[1]), evaluations=5)
@@ -350,6 +358,8 @@ def test_classes_from_files_are_found_by_workers(tmp_path) -> None:
         ({"evaluations": 0}, "evaluations: expected an int >= 1"),
         ({"workers": 0}, "workers: expected an int >= 1"),
         ({"recalibration": 0}, "recalibration: expected a number of batches >= 1"),
+        ({"memory": 1.5}, "memory: expected a number of bytes >= 0, such as 4 << 30, found 1.5"),
+        ({"memory": -1}, "memory: expected a number of bytes >= 0"),
         ({"heartbeat": -1}, "heartbeat: expected seconds > 0"),
         ({"grace": 5}, "grace: expected at least twice the heartbeat"),
         ({"resume": True}, "resume=True goes on with the trials in a folder or a storage"),

@@ -32,6 +32,7 @@ def search(
     recalibration: only.Recalibration = 100,
     refit: only.Refit = False,
     early_stop: only.EarlyStop = True,
+    memory: only.Memory = 4.0,
     storage: only.Storage = None,
     study: only.StudyName = None,
     workers: only.Workers = 1,

@@ -11,6 +11,7 @@ __all__ = [
     "CriterionName",
     "EarlyStop",
     "Evaluations",
+    "Memory",
     "ObjectiveName",
     "Recalibration",
     "Refit",
@@ -75,6 +76,14 @@ Refit = Annotated[
 ]
 EarlyStop = Annotated[
     bool, typer.Option(rich_help_panel=CANDIDATES, help="Give candidates up that can hardly win any more.")
+]
+Memory = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel=CANDIDATES,
+        metavar="GIB",
+        help="Activations that --objective fast keeps, of all workers here; less is slower.",
+    ),
 ]
 Storage = Annotated[
     str | None,

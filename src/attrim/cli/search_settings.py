@@ -42,6 +42,7 @@ class SearchSettings(BaseModel):
     recalibration: Annotated[int, Field(ge=1)] = 100
     refit: bool = False
     early_stop: bool = True
+    memory: Annotated[float, Field(ge=0)] = 4.0
     storage: str | None = None
     study: str | None = None
     workers: Annotated[int, Field(ge=1)] = 1

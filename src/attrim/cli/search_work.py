@@ -128,6 +128,7 @@ def _search(run: Run, settings: SearchSettings, start: _Start, budget: Any, resu
             recalibration=settings.recalibration,
             refit=settings.refit,
             early_stop=settings.early_stop,
+            memory=round(settings.memory * (1 << 30)),
             **options,
             **settings.option,
         )

@@ -123,8 +123,8 @@ def search(
         workers: processes on this machine. The script then needs ``if __name__ == "__main__":``.
         resume: go on with a search that was begun, or take part in one under way.
         on_trial: called with the number, the trial and the best so far, in the order of the search.
-        options: fields of :class:`attrim.methods.search_rules.Rules` (``augmented recalibration metric refit early_stop start
-            settings channels study heartbeat grace on_progress``); all others are the criterion's.
+        options: fields of :class:`attrim.methods.search_rules.Rules` (``augmented recalibration metric refit early_stop memory
+            start settings channels study heartbeat grace on_progress``); all others are the criterion's.
 
     Raises:
         BudgetError, CriterionError, DataError, InputError: arguments that do not fit.
@@ -143,7 +143,7 @@ def search(
     kind = objective_kind(
         objective, rules, budget=budget, criterion=criterion, data=data, holdout=holdout, workers=workers
     )
-    asked = _Asked(model, budget, criterion, own, algorithm, rules, seed, evaluations, kind)
+    asked = _Asked(model, budget, criterion, own, algorithm, rules, seed, evaluations, kind, workers)
     with ExitStack() as stack:
         where = _where(storage, folder, workers, resume, stack)
         channels = rules.channels or analyse(model, example_inputs).channel_map()
@@ -165,6 +165,7 @@ class _Asked:
     seed: int
     evaluations: int
     kind: str | Objective
+    workers: int
 
     def job(self, channels: ChannelMap, data: Any, holdout: Any, where: str | None, resume: bool) -> Job:
         """Everything made ready, the scores included."""
@@ -185,7 +186,16 @@ class _Asked:
 
         scores = compute() if study is None else study.scores(compute)
         ask = Ask(
-            self.model, channels, scores, self.kind, calibration, judged, rules.metric, rules.refit, rules.early_stop
+            self.model,
+            channels,
+            scores,
+            self.kind,
+            calibration,
+            judged,
+            rules.metric,
+            rules.refit,
+            rules.early_stop,
+            rules.memory // self.workers,
         )
         return Job(
             Space.of(channels, scores, self.budget),

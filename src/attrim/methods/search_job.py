@@ -41,6 +41,7 @@ class Ask:
         metric: instead of top-1.
         refit: least squares before the batch norms are measured.
         early_stop: give candidates up that can hardly win; ``fast`` only.
+        memory: bytes of activations that one process keeps; ``fast`` only.
     """
 
     model: nn.Module
@@ -52,12 +53,13 @@ class Ask:
     metric: Metric | None = None
     refit: bool = False
     early_stop: bool = True
+    memory: int = 4 << 30
 
     def make(self) -> Objective:
         """The objective."""
         given = (self.model, self.channels, self.scores, self.calibration, self.holdout)
         if self.kind == "fast":
-            return FastObjective(*given, stop=Stop() if self.early_stop else None)
+            return FastObjective(*given, stop=Stop() if self.early_stop else None, memory=self.memory)
         if self.kind == "naive":
             return NaiveObjective(*given, metric=self.metric, refit=self.refit)
         return self.kind  # type: ignore[return-value]

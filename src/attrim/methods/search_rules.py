@@ -32,9 +32,11 @@ class Rules:
         metric: ``(outputs, batch) -> float`` instead of top-1 accuracy, larger is better; ``naive`` only.
         refit: refit each candidate's layers by least squares before the batch norms are measured; ``naive`` only.
         early_stop: give candidates up that can hardly win any more; ``fast`` only.
+        memory: bytes of activations that ``fast`` keeps so as not to compute them again, all processes of this call together;
+            less makes it slower, 0 keeps none.
         start: ``uniform``, ``global`` (a threshold over the scores of all groups), ``sensitivity`` (one evaluation for each
             group), or a function of the form of :data:`attrim.search.protocol.Start`.
-        settings: of the neighbourhood search: ``groups delta finest neighbours failures``.
+        settings: of the neighbourhood search: ``groups delta finest neighbours failures shift siblings``.
         channels: the channel map, if it is at hand.
         study: name of the study in the storage; made from all settings unless given.
         heartbeat: seconds between two signs of life of a process that evaluates.
@@ -48,6 +50,7 @@ class Rules:
     metric: Metric | None = None
     refit: bool = False
     early_stop: bool = True
+    memory: int = 4 << 30
     start: str | Start | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     channels: ChannelMap | None = None
@@ -68,6 +71,9 @@ class Rules:
                 f"grace: expected at least twice the heartbeat ({self.heartbeat:g} s), so that one late sign of life is no "
                 f"death, found {self.grace:g} s."
             )
+        room: Any = self.memory
+        if isinstance(room, bool) or not isinstance(room, int) or room < 0:
+            raise InputError(f"memory: expected a number of bytes >= 0, such as 4 << 30, found {room!r}.")
         number: Any = self.recalibration
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise InputError(f"recalibration: expected a number of batches >= 1, or None for all, found {number!r}.")
