@@ -202,7 +202,7 @@ def everything(rank: int = 0, world: int = 1) -> dict[str, list[float]]:
 
     import attrim
     from attrim.recover import fold_bias, reconstruct
-    from attrim.recover.refit.fit import _Moments, _Part
+    from attrim.recover.refit.sums import Moments
     from nets import Residual, kept_at_random
 
     def share(p: Problem) -> Problem:
@@ -218,7 +218,7 @@ def everything(rank: int = 0, world: int = 1) -> dict[str, list[float]]:
         change = fit(share(p))
         told[name] = [*change.weight.flatten().tolist(), *change.bias.tolist(), change.before, change.after]
     p = share(problem(blocks=2))
-    moments = _Moments.of(_Part(p.inputs, p.target, p.base), p)
+    moments = Moments.of(p.inputs, p.widest)
     told["sums"] = [moments.rows, *moments.first.flatten().tolist(), *moments.grams[0].flatten().tolist()]
     net = calibrated(Residual(widths=(8, 12), blocks=1)).double()
     data = [pictures(5, i, 12).double() for i in range(4)]  # batches of five: every fifth sample judges, whoever counts
