@@ -13,6 +13,7 @@ from torch import Tensor
 from attrim.modules.course.survey import Unit
 from attrim.recover.refit.fit import Problem, fit
 from attrim.recover.refit.gather import Sampling
+from attrim.recover.refit.sums import Moments
 
 RANDOM = {"dtype": torch.float64}
 
@@ -148,6 +149,20 @@ def test_blocks_that_do_not_share_information_are_solved_exactly():
     torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=0.05 * float(whole.weight.abs().max()))
 
 
+SOUGHT = [(400, 0.3, 1e-4), (90, 2.0, 1e-3), (90, 4.0, 1e-2), (90, 20.0, 1e-1), (60, 60.0, 1.0)]
+
+
+@pytest.mark.parametrize(("rows", "noise", "best"), SOUGHT)
+def test_the_ridge_is_found_from_the_middle_wherever_it_is(rows, noise, best):
+    """What each of five ridges alone tells on the held rows, and what the choice among all of them tells."""
+    p = problem(rows=rows, width=40, noise=noise)
+    ridges = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    alone = {ridge: change.after for ridge in ridges if (change := fit(replace(p, ridges=(ridge,)))) is not None}
+    chosen = fit(replace(p, ridges=ridges))
+    assert chosen.ridge == min(alone, key=alone.get) == best
+    assert chosen.after == alone[chosen.ridge]
+
+
 def unit(**options) -> Unit:
     given = {"key": ("w", 0), "offset": 0, "dim": 1, "steps": 0, "join": False, "rectified": False, "flipped": False}
     sizes = {"outputs": 64, "block_outputs": 64, "columns": 576, "places": 32 * 64, "bias": True, "norm": -1}
@@ -202,7 +217,6 @@ def everything(rank: int = 0, world: int = 1) -> dict[str, list[float]]:
 
     import attrim
     from attrim.recover import fold_bias, reconstruct
-    from attrim.recover.refit.fit import _Moments, _Part
     from nets import Residual, kept_at_random
 
     def share(p: Problem) -> Problem:
@@ -218,7 +232,7 @@ def everything(rank: int = 0, world: int = 1) -> dict[str, list[float]]:
         change = fit(share(p))
         told[name] = [*change.weight.flatten().tolist(), *change.bias.tolist(), change.before, change.after]
     p = share(problem(blocks=2))
-    moments = _Moments.of(_Part(p.inputs, p.target, p.base), p)
+    moments = Moments.of(p.inputs, p.widest)
     told["sums"] = [moments.rows, *moments.first.flatten().tolist(), *moments.grams[0].flatten().tolist()]
     net = calibrated(Residual(widths=(8, 12), blocks=1)).double()
     data = [pictures(5, i, 12).double() for i in range(4)]  # batches of five: every fifth sample judges, whoever counts

@@ -76,7 +76,7 @@ class Sampling:
     def at(self, ordinal: int, batch: int, rows: int, total: int) -> Tensor:
         """The positions of one batch, of ``total`` that there are."""
         share = -(-rows * self.sizes[batch] // sum(self.sizes))
-        return places(total, share, (self.seed * 7_919 + ordinal) * 100_003 + batch)
+        return places(total, share, (self.seed * 7_919 + ordinal) * 100_003 + batch).sort().values
 
 
 @dataclass(slots=True, eq=False)
@@ -102,20 +102,33 @@ class Rows:
         self.held.append((self.sample + numbers) % _HELD == _HELD - 1)
         self.sample += len(arrival.use.inputs)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that the rows take."""
-        return sum(t.nbytes for part in (self.inputs, self.base, self.target) for t in part)
+    def arranged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs, targets, what is found now, and which rows judge; those come last, so that both kinds lie together."""
+        held = torch.cat(self.held)
+        if bool(held.all()) or not bool(held.any()):
+            held = torch.arange(len(held), device=held.device) % _HELD == _HELD - 1
+        masks = torch.split(held, [len(mask) for mask in self.held])
+        inputs, target, base = (_arranged(parts, masks) for parts in (self.inputs, self.target, self.base))
+        return inputs, target, base, held.sort().values.to(inputs.device)
+
+
+def _arranged(parts: list[Tensor], held: Sequence[Tensor]) -> Tensor:
+    """Rows of all batches in one tensor, copied once; those that judge come last."""
+    arranged = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+    begin = 0
+    for judging in (False, True):
+        for part, mask in zip(parts, held, strict=True):
+            at = (mask == judging).nonzero().flatten().to(part.device)
+            torch.index_select(part, 0, at, out=arranged[begin : begin + len(at)])
+            begin += len(at)
+    return arranged
 
 
 def repair(site: Site, rows: Rows, settings: Settings) -> Change | None:
     """Fit a unit to its rows and write the result; None if it stays as it is."""
     if not rows.inputs:
         return None
-    inputs, target, base = torch.cat(rows.inputs), torch.cat(rows.target), torch.cat(rows.base)
-    held = torch.cat(rows.held).to(inputs.device)
-    if bool(held.all()) or not bool(held.any()):
-        held = torch.arange(len(held), device=held.device) % _HELD == _HELD - 1
+    inputs, target, base, held = rows.arranged()
     change = fit(
         Problem(
             inputs,

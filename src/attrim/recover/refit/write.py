@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from attrim.modules.course.follow import Site
-from attrim.modules.distributed import all_sum
 from attrim.recover.refit.fit import Change
+from attrim.recover.refit.sums import Moments
 
 __all__ = ["add_constant", "write"]
 
@@ -26,7 +26,7 @@ def write(site: Site, change: Change, inputs: Tensor) -> None:
     Args:
         site: where to.
         change: what the fit found, in units of the place of comparison.
-        inputs: the rows, for the statistics.
+        inputs: the rows, for the statistics of layers that were solved in blocks of columns.
     """
     heard = site.scale.abs() > _DEAD * site.scale.abs().amax().clamp_min(1e-300)
     gain = torch.where(heard, site.scale, 1.0)
@@ -36,7 +36,7 @@ def write(site: Site, change: Change, inputs: Tensor) -> None:
     site.weight.add_(step.view(site.weight.shape).to(site.weight.dtype))
     add_constant(site, torch.where(heard, change.bias / gain, 0.0))
     if site.norm is not None and site.norm.weight is not None and site.norm.bias is not None:
-        _settle(site, inputs)
+        _settle(site, change.moments, inputs)
 
 
 def add_constant(site: Site, constant: Tensor) -> bool:
@@ -55,18 +55,13 @@ def add_constant(site: Site, constant: Tensor) -> bool:
     return True
 
 
-def _settle(site: Site, inputs: Tensor) -> None:
+def _settle(site: Site, moments: Moments, inputs: Tensor) -> None:
     """Running statistics that are true for the new weights; the eval-mode function does not change."""
     norm = site.norm
     if norm is None or norm.weight is None or norm.bias is None:
         return
-    values = inputs.transpose(0, 1) @ site.weight.flatten(2).to(inputs.dtype).mT
-    values = values.transpose(0, 1).flatten(1)
-    count = torch.tensor([float(len(values))], dtype=torch.float64, device=values.device)
-    first, second = values.sum(0, dtype=torch.float64), values.double().square().sum(0)
-    all_sum(count, first, second)
-    mean = first / count
-    var = (second / count - mean.square()).clamp_min(0)
+    mean, square = moments.outputs(site.weight.flatten(2), inputs)
+    var = (square - mean.square()).clamp_min(0)
     if site.bias is not None:
         mean = mean + site.bias.double().flatten()
     gain = norm.weight.double() / (norm.var.double() + norm.eps).sqrt()
