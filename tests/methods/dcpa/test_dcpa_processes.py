@@ -50,12 +50,20 @@ def found(**options: Any) -> dict[str, Any]:
         epochs=3,
         policy_lr=0.05,
         clip=5.0,
+        drop_prior=0.9,
         holdout=data,
         **options,
     )
     searched = outcome.statistics["searched"]
+    judged = [row.get("loss", 0.0) for row in outcome.statistics["derived"].check["compared"]]
+    searched.plan(attrim.Budget(macs=0.6))  # every process knows the answer
     return {
-        "tensors": {**dict(searched.base.state_dict()), "theta": searched.policy.theta, "z": searched.policy.z},
+        "tensors": {
+            **dict(searched.base.state_dict()),
+            "theta": searched.policy.theta,
+            "z": searched.policy.z,
+            "judged": torch.tensor(judged),
+        },
         "widths": dict(outcome.statistics["derived"].kept),
         "epochs": searched.reports,
     }
