@@ -50,19 +50,22 @@ def found(**options: Any) -> dict[str, Any]:
         epochs=3,
         policy_lr=0.05,
         clip=5.0,
-        drop_prior=0.9,
         holdout=data,
         **options,
     )
     searched = outcome.statistics["searched"]
-    judged = [row.get("loss", 0.0) for row in outcome.statistics["derived"].check["compared"]]
-    searched.plan(attrim.Budget(macs=0.6))  # every process knows the answer
+    theta = searched.policy.theta.detach().clone()
+    with torch.no_grad():
+        searched.policy.theta[:, 0] += 50  # the branch is to go, and is judged
+    alone = channels.cost.macs({}, ("three",)) / channels.cost.macs()
+    checks = [searched.plan(attrim.Budget(macs=alone + 0.005))[1].check for _ in range(2)]
+    assert checks[0] is checks[1]
     return {
         "tensors": {
             **dict(searched.base.state_dict()),
-            "theta": searched.policy.theta,
+            "theta": theta,
             "z": searched.policy.z,
-            "judged": torch.tensor(judged),
+            "judged": torch.tensor([row.get("loss", 0.0) for row in checks[0]["compared"]]),
         },
         "widths": dict(outcome.statistics["derived"].kept),
         "epochs": searched.reports,

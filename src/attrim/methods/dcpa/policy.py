@@ -33,6 +33,7 @@ class Policy(nn.Module):
         start: ``noise``: logits around 0; ``wide``: the whole width is ``e³`` times as likely as another.
         drop_prior: probability with which a branch is dropped at first. What is added to the logits for that is fixed, so
             that weight decay leads back to it.
+        drop_steady: the expected cost is that of the networks that :meth:`steady` gives; otherwise of all that are drawn.
         seed: of the initial values.
         momentum: what stays of ``z`` with each new descriptor.
 
@@ -65,11 +66,13 @@ class Policy(nn.Module):
         balanced: bool = False,
         start: str = "noise",
         drop_prior: float = 0.02,
+        drop_steady: bool = True,
         seed: int = 0,
         momentum: float = 0.9,
     ) -> None:
         super().__init__()
         self.space, self.prices, self.kind, self.momentum = space, prices, kind, momentum
+        self.drop_steady = drop_steady
         valid = torch.from_numpy(space.valid())
         tables = {"valid": valid, "drop": torch.tensor([u.branch is not None for u in space.units], dtype=torch.bool)}
         tables |= {"ranks": ranks.to(torch.int64), **_tables(space)}
@@ -135,9 +138,14 @@ class Policy(nn.Module):
         return F.log_softmax(self.logits(), 1)
 
     def expected(self) -> Tensor:
-        """Expected cost, shape ``(R,)``, float64, differentiable: of the noise-free probabilities."""
+        """Expected cost, shape ``(R,)``, float64, differentiable: of the noise-free probabilities.
+
+        With ``drop_steady`` branches count in full until they are likelier to go than to stay, and then not at all, with the
+        gradient of the probability: otherwise widths would be paid for with blocks that stay in the end.
+        """
         moments = self._moments(self.channel_logits().double().sigmoid()) if self.space.gated else None
-        return self.prices.expected(self.logits().double().softmax(1), moments)
+        p = self.logits().double().softmax(1)
+        return self.prices.expected(self._settled(p) if self.drop_steady else p, moments)
 
     @torch.no_grad()
     def likeliest(self) -> Tensor:
@@ -181,6 +189,13 @@ class Policy(nn.Module):
                 mask[part] = (self.ranks[part] < kept).to(mask.dtype)
         gone = torch.tensor([unit.branch in dropped for unit in self.space.units], dtype=torch.bool)
         return Draw(mask, 1 - gone.to(mask.device, mask.dtype))
+
+    def _settled(self, p: Tensor) -> Tensor:
+        """Probabilities with the decision on each branch in place of its probability, and the gradient of that."""
+        gone, widths = p[:, :1], p[:, 1:]
+        hard = (self.decided() == 0).to(p.dtype)[:, None] + gone - gone.detach()
+        apart = torch.cat([hard, (1 - hard) * widths / widths.sum(1, keepdim=True).clamp(min=1e-30)], 1)
+        return torch.where(self.drop[:, None], apart, p)
 
     def _prior(self, theta: Tensor, drop_prior: float) -> Tensor:
         """What makes a branch go with probability ``drop_prior`` at these free logits, shape ``(U, K)``."""

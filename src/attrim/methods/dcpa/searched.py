@@ -232,6 +232,7 @@ def _begin(
         balanced=options.balanced,
         start=options.start,
         drop_prior=options.drop_prior,
+        drop_steady=options.drop_steady,
         seed=seed,
     )
     return SearchNet(copy.deepcopy(model), policy.to(device_of(model))), ranked, plot
