@@ -193,7 +193,7 @@ class Policy(nn.Module):
     def _settled(self, p: Tensor) -> Tensor:
         """Probabilities with the decision on each branch in place of its probability, and the gradient of that."""
         gone, widths = p[:, :1], p[:, 1:]
-        hard = (self.decided() == 0).to(p.dtype)[:, None] + gone - gone.detach()
+        hard = (gone >= widths.sum(1, keepdim=True)).to(p.dtype) + gone - gone.detach()
         apart = torch.cat([hard, (1 - hard) * widths / widths.sum(1, keepdim=True).clamp(min=1e-30)], 1)
         return torch.where(self.drop[:, None], apart, p)
 

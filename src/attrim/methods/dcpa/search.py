@@ -178,6 +178,7 @@ class Search:
         self.adam.zero_grad(set_to_none=True)
         _add(self.policy_tally, figures, 0.0)
 
+    @torch.no_grad()
     def _drawn(self, tau: float) -> Draw:
         """A network for the weights to learn with."""
         draw = self.net.policy.sample(tau, self.random, self.options.sampling)
