@@ -152,6 +152,12 @@ def test_a_network_that_lost_a_block_is_recovered_and_fine_tuned(
     assert len(plan["drops"]) == 1
     steps = steps_of(out)
     assert {"derived", "cut", "recovered", "finetune", "final"} <= set(steps)
+    (check,) = (line["check"] for line in lines_of(out) if line["step"] == "derived")
+    assert check["dropped"] == plan["provenance"]["branches"]
+    assert "the narrowest network" in check["compared"][1]["refused"]  # the budget needs a drop here
+    judged = [row for row in check["compared"] if "loss" in row]
+    assert min(judged, key=lambda row: row["loss"])["drops"] == check["dropped"]
+    assert all(0 <= row["accuracy"] <= 1 for row in judged)
     assert run(["finetune", str(out), "--epochs", "1", "--out", str(more), "--device", "cpu"]) == 0, (
         capsys.readouterr().err
     )

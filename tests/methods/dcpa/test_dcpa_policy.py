@@ -137,3 +137,19 @@ def test_balanced_attention_moves_a_logit_no_faster_than_a_free_parameter() -> N
     assert moved["xattn", False] > 0.1
     assert 0.01 < moved["se", True] < 0.03
     assert 0.01 < moved["xattn", True] < 0.03
+
+
+def test_steady_draws_drop_what_is_likelier_to_go_than_to_stay_and_nothing_else() -> None:
+    m = made(Residual(), drop=True)
+    branches = [u for u, unit in enumerate(m.space.units) if unit.branch is not None]
+    with torch.no_grad():
+        m.policy.theta[branches[0], 0] += 6.0
+    seen = set()
+    for seed in range(40):
+        draw = m.policy.sample(1.0, torch.Generator().manual_seed(seed))
+        steady = m.policy.steady(draw)
+        assert torch.equal(steady.mask, draw.mask)
+        assert not steady.gates.requires_grad
+        assert steady.gates.tolist() == [float(u != branches[0]) for u in range(len(m.space.units))]
+        seen.add(tuple(draw.gates.tolist()))
+    assert len(seen) > 1

@@ -54,8 +54,19 @@ def found(**options: Any) -> dict[str, Any]:
         **options,
     )
     searched = outcome.statistics["searched"]
+    theta = searched.policy.theta.detach().clone()
+    with torch.no_grad():
+        searched.policy.theta[:, 0] += 50  # the branch is to go, and is judged
+    alone = channels.cost.macs({}, ("three",)) / channels.cost.macs()
+    checks = [searched.plan(attrim.Budget(macs=alone + 0.005))[1].check for _ in range(2)]
+    assert checks[0] is checks[1]
     return {
-        "tensors": {**dict(searched.base.state_dict()), "theta": searched.policy.theta, "z": searched.policy.z},
+        "tensors": {
+            **dict(searched.base.state_dict()),
+            "theta": theta,
+            "z": searched.policy.z,
+            "judged": torch.tensor([row.get("loss", 0.0) for row in checks[0]["compared"]]),
+        },
         "widths": dict(outcome.statistics["derived"].kept),
         "epochs": searched.reports,
     }

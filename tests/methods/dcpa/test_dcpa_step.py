@@ -62,7 +62,7 @@ def test_a_step_of_the_search_takes_at_most_half_as_long_again(kind: str) -> Non
 
     def weights() -> None:
         sgd.zero_grad()
-        learn(portion, policy.sample(1.0, generator), 0.0)
+        learn(portion, policy.steady(policy.sample(1.0, generator)), 0.0)
         sgd.step()
 
     def widths() -> None:

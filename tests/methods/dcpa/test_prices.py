@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import Dense, Nested, made
-from torch import nn
+from made import Dense, Made, Nested, made
+from torch import Tensor, nn
 
 import attrim
 from attrim.methods.dcpa.objective import cost_term, entropy, entropy_weight
@@ -33,14 +33,36 @@ def test_the_expectation_is_the_sum_over_all_networks(network: nn.Module, option
     m = made(network, budget=ALL, ratios=(0.4,), **options)
     with torch.no_grad():
         m.policy.theta.add_(torch.randn(m.policy.theta.shape, generator=torch.Generator().manual_seed(1)))
-    p = m.policy.logits().double().softmax(1)
+    m.policy.drop_steady = False
+    assert torch.allclose(m.policy.expected(), over_all_networks(m, m.policy.logits().double().softmax(1)), rtol=1e-12)
+
+
+def test_branches_count_in_full_until_they_are_likelier_to_go_than_to_stay() -> None:
+    """The value is that of the decision, the gradient that of the probability."""
+    m = made(Residual((4, 6), 1), budget=ALL, ratios=(0.4,), drop=True, kind="free")
+    branches = [u for u, unit in enumerate(m.space.units) if unit.branch is not None]
+    with torch.no_grad():
+        m.policy.theta[branches[0], 0] += 5.0
+    p = m.policy.logits().double().softmax(1).detach()
+    for u in branches:
+        gone = float(u == branches[0])
+        p[u] = torch.cat([torch.tensor([gone]), (1 - gone) * p[u, 1:] / p[u, 1:].sum()])
+    assert torch.allclose(m.policy.expected(), over_all_networks(m, p), rtol=1e-12)
+    m.policy.expected()[0].backward()
+    grad = m.policy.theta.grad
+    assert grad is not None
+    assert bool((grad[branches, 0] < 0).all())  # dropping either would be cheaper, the first one being out or not
+
+
+def over_all_networks(m: Made, p: Tensor) -> Tensor:
+    """Expected cost by going through all of them."""
     total = torch.zeros(3, dtype=torch.float64)
     for choice in itertools.product(*(range(len(u)) for u in m.space.units)):
         chance = torch.stack([p[u, k] for u, k in enumerate(choice)]).prod()
         kept, drops = m.space.kept(choice), m.space.drops(choice)
         cost = m.channels.cost
         total += chance * torch.tensor([cost.macs(kept, drops), cost.params(kept, drops), cost.channels(kept, drops)])
-    assert torch.allclose(m.policy.expected(), total, rtol=1e-12)
+    return total
 
 
 @settings(max_examples=30, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from attrim.core.channels import ChannelMap
 from attrim.core.cost import IntArray
 from attrim.errors import BudgetError
 from attrim.methods.dcpa.prices import Prices
+from attrim.methods.dcpa.sample import decided
 from attrim.methods.dcpa.widths import SearchSpace
 from attrim.search.limits import Limits, unreachable
 
@@ -33,6 +35,7 @@ class Derived:
         drops: branches that go.
         moved: steps of the repair.
         slack: what is left of the budget, as a fraction of the whole network.
+        check: how the drops were judged (:func:`attrim.methods.dcpa.check.checked`), as JSON values; None if they were not.
     """
 
     choice: tuple[int, ...]
@@ -40,6 +43,7 @@ class Derived:
     drops: tuple[str, ...]
     moved: int
     slack: float
+    check: Mapping[str, Any] | None = None
 
 
 def check_reach(space: SearchSpace, limits: Limits, budget: Budget) -> None:
@@ -63,9 +67,17 @@ def check_reach(space: SearchSpace, limits: Limits, budget: Budget) -> None:
 
 
 def repair(
-    space: SearchSpace, prices: Prices, log_probabilities: Tensor, limits: Limits, *, fine: bool = True
+    space: SearchSpace,
+    prices: Prices,
+    log_probabilities: Tensor,
+    limits: Limits,
+    *,
+    fine: bool = True,
+    stay: Collection[str] = (),
 ) -> Derived:
     """The most probable candidates, moved one at a time until the network costs what it may.
+
+    What is most probable is told in two parts, as it is drawn: see :func:`attrim.methods.dcpa.sample.decided`.
 
     Above the budget, the move to the next narrower candidate that costs the policy least (in log-probability, for each
     share of the tightest limit saved) is made until the budget holds; more than 1 % below it, moves to wider ones that stay
@@ -78,6 +90,7 @@ def repair(
         log_probabilities: shape ``(U, K)``.
         limits: the budget, of this network; need not be the one of the search.
         fine: fill up with widths between the candidates.
+        stay: branches that may not be dropped.
 
     Returns:
         A network that never costs more than the budget, and at most 1 % of the whole network less, unless the next
@@ -86,16 +99,18 @@ def repair(
     Raises:
         BudgetError: even the narrowest candidates cost more.
     """
-    scores = log_probabilities.detach().double().cpu().numpy()
-    choice = scores.argmax(1)
-    walk = _Walk(space, prices, scores, choice)
+    drop = torch.tensor([unit.branch is not None for unit in space.units])
+    scores = decided(log_probabilities.detach().double().cpu(), drop).numpy()
+    least = np.array([int(unit.branch is not None and unit.branch in stay) for unit in space.units], np.int64)
+    scores[least > 0, 0] = -np.inf
+    walk = _Walk(space, prices, scores, least)
     moved = walk.down() + walk.up()
     kept, drops = walk.vector(limits), space.drops(walk.choice.tolist())
     left = slack_of(limits, kept, drops)
     if left < 0:
         raise BudgetError(
-            f"the narrowest network of the search space is {-left:.4f} of the whole above the budget. Allow "
-            "narrower candidates: candidates=(0.05, 0.1, ...), Budget(min_keep=...)."
+            f"the narrowest network of the search space{' with its branches' if stay else ''} is {-left:.4f} of the whole above "
+            "the budget. Allow narrower candidates: candidates=(0.05, 0.1, ...), Budget(min_keep=...)."
         )
     if fine:
         moved += _fill(space, scores, walk.choice, kept, limits)
@@ -112,10 +127,11 @@ def slack_of(limits: Limits, kept: IntArray, drops: Collection[str] = ()) -> flo
 
 
 class _Walk:
-    """Moves from candidate to candidate."""
+    """Moves from candidate to candidate, never below ``least``."""
 
-    def __init__(self, space: SearchSpace, prices: Prices, scores: np.ndarray, choice: IntArray) -> None:
-        self.space, self.prices, self.scores, self.choice = space, prices, scores, choice.copy()
+    def __init__(self, space: SearchSpace, prices: Prices, scores: np.ndarray, least: IntArray) -> None:
+        self.space, self.prices, self.scores, self.choice = space, prices, scores, scores.argmax(1)
+        self.least = least
         self.last = np.array([len(unit) - 1 for unit in space.units], np.int64)
         self.branches = np.array([unit.branch is not None for unit in space.units], bool)
 
@@ -124,7 +140,7 @@ class _Walk:
         moves = 0
         while self._slack(self.choice[None])[0] < 0:
             back = (self.choice == 0) & self.branches  # what runs on without a branch runs in full: it may cost more
-            units = np.concatenate([np.flatnonzero(self.choice > 0), np.flatnonzero(back)])
+            units = np.concatenate([np.flatnonzero(self.choice > self.least), np.flatnonzero(back)])
             if not self._move(units, np.where(self.choice[units] > 0, -1, 1), 1):
                 break
             moves += 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attrim.core.cost import IntArray
+from attrim.errors import BudgetError
 from attrim.methods.dcpa.derive import WINDOW, Derived, number_of, slack_of
 from attrim.methods.dcpa.widths import SearchSpace
 from attrim.search.limits import Limits
@@ -26,7 +28,9 @@ def uniform(space: SearchSpace, limits: Limits) -> Derived:
     return field.derived(field.largest(lambda level: level * field.sizes, 0.0, 1.0), lambda kept: -kept / field.sizes)
 
 
-def by_threshold(space: SearchSpace, limits: Limits, logits: Mapping[str, Tensor], keep: Tensor) -> Derived:
+def by_threshold(
+    space: SearchSpace, limits: Limits, logits: Mapping[str, Tensor], keep: Tensor, stay: Collection[str] = ()
+) -> Derived:
     """One threshold for the logits of all single channels, the lowest that fits the budget.
 
     Branches that more likely go than stay are dropped; where that is more than the budget asks for, the likeliest to stay
@@ -37,8 +41,14 @@ def by_threshold(space: SearchSpace, limits: Limits, logits: Mapping[str, Tensor
         limits: the budget.
         logits: group -> shape ``(size,)``.
         keep: shape ``(U,)``; log-odds of keeping each branch.
+        stay: branches that may not be dropped.
+
+    Raises:
+        BudgetError: the budget cannot be met while these stay.
     """
-    order = np.argsort(-keep.detach().cpu().numpy(), kind="stable").tolist()
+    fixed = torch.tensor([unit.branch in stay for unit in space.units], dtype=torch.bool)
+    keep = keep.detach().cpu().masked_fill(fixed, torch.inf)
+    order = np.argsort(-keep.numpy(), kind="stable").tolist()
     stays = int((keep >= 0).sum())
 
     def field_of(count: int) -> _Field:
@@ -47,6 +57,10 @@ def by_threshold(space: SearchSpace, limits: Limits, logits: Mapping[str, Tensor
 
     while stays > 0 and field_of(stays).slack(field_of(stays).floors) < 0:
         stays -= 1
+    if stays < int(fixed.sum()):
+        raise BudgetError(
+            "the narrowest widths are above the budget while these branches stay: allow more to be dropped."
+        )
     while stays < len(order):
         field, wider = field_of(stays), field_of(stays + 1)
         if field.slack(field.sizes) <= WINDOW or wider.slack(wider.floors) < 0:

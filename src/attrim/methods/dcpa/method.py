@@ -35,6 +35,7 @@ def dcpa(
     holdout: Iterable[Any] | None = None, on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     augmented: Iterable[Any] | None = None, policy_data: Iterable[Any] | None = None,
     kind: Kind = "se", space: Space = "width", policy: Streams = "internal", share: Share = "group", drop: bool = True,
+    drop_prior: float = 0.02, drop_steady: bool = True, drop_check: bool = True,
     candidates: Sequence[float] = RATIOS, order: str = "l2", sampling: Sampling = "hard",
     cost: CostRule = "abslog", cost_weight: float | None = None, tolerance: float = 0.05, entropy: float = 0.0,
     epochs: int = 15, warmup: float = 0.1, lr: float = 0.02, optimizer: Optimizer = "sgd", momentum: float = 0.9,

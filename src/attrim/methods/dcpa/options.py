@@ -34,6 +34,11 @@ class DcpaOptions:
         policy: ``internal`` searches what stays inside residual blocks, ``tied`` residual streams as well.
         share: ``group``, or ``block``: the groups of one parent module choose the same ratio.
         drop: whether residual branches may vanish.
+        drop_prior: probability in (0, 1) with which each of them is dropped when the policy begins to learn.
+        drop_steady: the weights learn without a branch only while it is likelier to go than to stay; otherwise whenever that
+            is drawn, as for the policy.
+        drop_check: judge the networks with and without the branches that the policy drops on the policy's half of the data,
+            and take the better one.
         candidates: candidate widths, as kept fractions in (0, 1]; the whole group is always one.
         order: which channels the narrower widths keep: ``prefix`` (the first), or the name of a criterion that ranks the
             channels of the given network once.
@@ -63,6 +68,9 @@ class DcpaOptions:
     policy: Streams = "internal"
     share: Share = "group"
     drop: bool = True
+    drop_prior: float = 0.02
+    drop_steady: bool = True
+    drop_check: bool = True
     candidates: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
     order: str = "l2"
     sampling: Sampling = "hard"
@@ -127,6 +135,8 @@ class DcpaOptions:
             value = getattr(self, name)
             if value is not None and not (_number(value) and low <= value <= high and value < math.inf):
                 raise InputError(f"{name}: expected a number in [{low}, {high}], found {value!r}.")
+        if not (_number(self.drop_prior) and 0 < self.drop_prior < 1):
+            raise InputError(f"drop_prior: expected a probability in (0, 1), found {self.drop_prior!r}.")
         for name in ("policy_lr", "tau_low", "tau_high"):
             if not (_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise InputError(f"{name}: expected a number > 0, found {getattr(self, name)!r}.")
@@ -143,8 +153,8 @@ class DcpaOptions:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What the search depends on; ``fine``, ``weights`` and ``recalibrate`` come after it."""
-        after = {"fine", "weights", "recalibrate", "every_minutes"}
+        """What the search depends on; ``drop_check``, ``fine``, ``weights`` and ``recalibrate`` come after it."""
+        after = {"drop_check", "fine", "weights", "recalibrate", "every_minutes"}
         return {k: list(v) if k == "candidates" else v for k, v in asdict(self).items() if k not in after}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from attrim.methods.dcpa.attention import Kind, make_information
 from attrim.methods.dcpa.prices import Prices
-from attrim.methods.dcpa.sample import Draw, Sampling, pick, switch, two_paths
+from attrim.methods.dcpa.sample import Draw, Sampling, decided, pick, switch, two_paths
 from attrim.methods.dcpa.widths import SearchSpace
 
 __all__ = ["PADDING", "Policy"]
@@ -29,6 +31,9 @@ class Policy(nn.Module):
         reduction: of ``se``.
         balanced: whether attention moves logits as slowly as free parameters do.
         start: ``noise``: logits around 0; ``wide``: the whole width is ``e³`` times as likely as another.
+        drop_prior: probability with which a branch is dropped at first. What is added to the logits for that is fixed, so
+            that weight decay leads back to it.
+        drop_steady: the expected cost is that of the networks that :meth:`steady` gives; otherwise of all that are drawn.
         seed: of the initial values.
         momentum: what stays of ``z`` with each new descriptor.
 
@@ -44,6 +49,7 @@ class Policy(nn.Module):
     since: Tensor
     valid: Tensor
     drop: Tensor
+    prior: Tensor
     ranks: Tensor
     widths: Tensor
     group: Tensor
@@ -59,11 +65,14 @@ class Policy(nn.Module):
         reduction: int = 16,
         balanced: bool = False,
         start: str = "noise",
+        drop_prior: float = 0.02,
+        drop_steady: bool = True,
         seed: int = 0,
         momentum: float = 0.9,
     ) -> None:
         super().__init__()
         self.space, self.prices, self.kind, self.momentum = space, prices, kind, momentum
+        self.drop_steady = drop_steady
         valid = torch.from_numpy(space.valid())
         tables = {"valid": valid, "drop": torch.tensor([u.branch is not None for u in space.units], dtype=torch.bool)}
         tables |= {"ranks": ranks.to(torch.int64), **_tables(space)}
@@ -80,10 +89,9 @@ class Policy(nn.Module):
             theta = spread * torch.randn(valid.shape)
             gated = sum(space.channels[g].size for g in space.gated)
             opened = spread * torch.randn(gated) + (0.0 if kind == "random" else 3.0)
-            bare = torch.tensor([not unit.groups for unit in space.units], dtype=torch.bool)
-            wide = torch.ones_like(bare) if start == "wide" else bare & (kind != "random")
             last = valid.sum(1) - 1
-            theta[torch.arange(len(theta)), last] += 3.0 * wide  # a branch alone begins by being there
+            theta[torch.arange(len(theta)), last] += 3.0 * (start == "wide")
+            self.register_buffer("prior", self._prior(theta, drop_prior) * (kind != "random"), persistent=False)
             self.theta, self.open = nn.Parameter(theta), nn.Parameter(opened)
             parts = space.slices()[len(space.units) :] if space.gated else space.slices()
             most = 0 if space.gated else space.most
@@ -115,7 +123,11 @@ class Policy(nn.Module):
     def logits(self) -> Tensor:
         """Shape ``(U, K)``."""
         added = self.information(self.z) if self.information is not None and not self.space.gated else 0.0
-        return (self.theta + added).masked_fill(~self.valid, PADDING)
+        return (self.theta + self.prior + added).masked_fill(~self.valid, PADDING)
+
+    def decided(self) -> Tensor:
+        """The candidate of each unit in the most probable network, shape ``(U,)``: a branch goes if that is likelier than not."""
+        return decided(self.log_probabilities(), self.drop).argmax(1)
 
     def channel_logits(self) -> Tensor:
         """Shape ``(gated channels,)``."""
@@ -126,15 +138,20 @@ class Policy(nn.Module):
         return F.log_softmax(self.logits(), 1)
 
     def expected(self) -> Tensor:
-        """Expected cost, shape ``(R,)``, float64, differentiable: of the noise-free probabilities."""
+        """Expected cost, shape ``(R,)``, float64, differentiable: of the noise-free probabilities.
+
+        With ``drop_steady`` branches count in full until they are likelier to go than to stay, and then not at all, with the
+        gradient of the probability: otherwise widths would be paid for with blocks that stay in the end.
+        """
         moments = self._moments(self.channel_logits().double().sigmoid()) if self.space.gated else None
-        return self.prices.expected(self.logits().double().softmax(1), moments)
+        p = self.logits().double().softmax(1)
+        return self.prices.expected(self._settled(p) if self.drop_steady else p, moments)
 
     @torch.no_grad()
     def likeliest(self) -> Tensor:
         """Cost of the most probable network, shape ``(R,)``, float64."""
         moments = self._moments((self.channel_logits() >= 0).double()) if self.space.gated else None
-        one_hot = F.one_hot(self.logits().argmax(1), self.space.most).double()
+        one_hot = F.one_hot(self.decided(), self.space.most).double()
         return self.prices.expected(one_hot, moments)
 
     def sample(self, tau: float | None, generator: torch.Generator | None = None, how: Sampling = "hard") -> Draw:
@@ -145,6 +162,12 @@ class Policy(nn.Module):
             return self._mixed(*two_paths(logits, self.drop, tau, generator), opened)
         choice, gates = pick(logits, self.drop, tau, generator, how == "soft" and tau is not None)
         return self._drawn(choice, gates, opened)
+
+    @torch.no_grad()
+    def steady(self, draw: Draw) -> Draw:
+        """The same widths, without gradients, and without just those branches that are likelier to go than to stay."""
+        gone = (self.decided() == 0) & self.drop
+        return Draw(draw.detach().mask, 1 - gone.to(draw.gates.dtype), draw.detach().mixes)
 
     @torch.no_grad()
     def anything(self, generator: torch.Generator) -> Draw:
@@ -166,6 +189,22 @@ class Policy(nn.Module):
                 mask[part] = (self.ranks[part] < kept).to(mask.dtype)
         gone = torch.tensor([unit.branch in dropped for unit in self.space.units], dtype=torch.bool)
         return Draw(mask, 1 - gone.to(mask.device, mask.dtype))
+
+    def _settled(self, p: Tensor) -> Tensor:
+        """Probabilities with the decision on each branch in place of its probability, and the gradient of that."""
+        gone, widths = p[:, :1], p[:, 1:]
+        hard = (gone >= widths.sum(1, keepdim=True)).to(p.dtype) + gone - gone.detach()
+        apart = torch.cat([hard, (1 - hard) * widths / widths.sum(1, keepdim=True).clamp(min=1e-30)], 1)
+        return torch.where(self.drop[:, None], apart, p)
+
+    def _prior(self, theta: Tensor, drop_prior: float) -> Tensor:
+        """What makes a branch go with probability ``drop_prior`` at these free logits, shape ``(U, K)``."""
+        found = torch.zeros_like(theta)
+        if bool(self.drop.any()):
+            widths = theta.masked_fill(~self.valid, PADDING)[:, 1:].logsumexp(1)
+            asked = widths + math.log(drop_prior / (1 - drop_prior)) - theta[:, 0]
+            found[:, 0] = torch.where(self.drop, asked, found[:, 0])
+        return found
 
     def _drawn(self, choice: Tensor, gates: Tensor, opened: Tensor) -> Draw:
         own = self.widths[self.group] > self.ranks[: len(self.group), None]  # (channels of units, K)

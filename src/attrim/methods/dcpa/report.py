@@ -29,7 +29,7 @@ def describe(policy: Policy) -> dict[str, Any]:
     """
     space, prices = policy.space, policy.prices
     log_p = policy.log_probabilities()
-    p, best = log_p.exp(), log_p.argmax(1).tolist()
+    p, best = log_p.exp(), policy.decided().tolist()
     names = prices.names
     found: dict[str, Any] = {
         "expected": dict(zip(names, (policy.expected() / prices.whole).tolist(), strict=True)),

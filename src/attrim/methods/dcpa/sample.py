@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Draw", "Sampling", "Temperature", "gumbel", "pick", "switch", "two_paths"]
+__all__ = ["Draw", "Sampling", "Temperature", "decided", "gumbel", "pick", "switch", "two_paths"]
 
 Sampling = Literal["hard", "soft", "tas"]
 
@@ -61,6 +61,30 @@ def gumbel(shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.G
             return noise.to(like.device, like.dtype)
 
 
+def decided(log_probabilities: Tensor, drop: Tensor) -> Tensor:
+    """What is likeliest in two parts, as the draws are made: first whether a branch goes, then which width it has.
+
+    The likeliest width gets the probability of keeping anything, the others as much less as they are less likely. So a
+    branch goes when that is likelier than not, and not because keeping is shared out among many widths.
+
+    Args:
+        log_probabilities: shape ``(U, K)``.
+        drop: shape ``(U,)``, bool: whether candidate 0 is "drop".
+
+    Returns:
+        Shape ``(U, K)``; the largest of each row is the decision.
+
+    Example:
+        >>> decided(torch.tensor([[0.4, 0.2, 0.1, 0.3]]).log(), torch.tensor([True])).exp()
+        tensor([[0.4000, 0.4000, 0.2000, 0.6000]])
+    """
+    widths = log_probabilities[:, 1:]
+    if not widths.shape[1]:
+        return log_probabilities
+    raised = widths + widths.logsumexp(1, keepdim=True) - widths.amax(1, keepdim=True)
+    return torch.where(drop[:, None], torch.cat([log_probabilities[:, :1], raised], 1), log_probabilities)
+
+
 def pick(
     logits: Tensor, drop: Tensor, tau: float | None, generator: torch.Generator | None, soft: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +117,8 @@ def pick(
     if soft:
         return wide, 1 - gone
     hard = F.one_hot(wide.argmax(1), logits.shape[1]).to(wide.dtype)
-    dropped = ((scaled.argmax(1) == 0) & drop).to(gone.dtype)
+    best = scaled if tau is not None else decided(scaled, drop)
+    dropped = ((best.argmax(1) == 0) & drop).to(gone.dtype)
     return hard + (wide - wide.detach()), 1 - dropped - (gone - gone.detach())
 
 

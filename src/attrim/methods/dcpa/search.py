@@ -151,7 +151,7 @@ class Search:
         done = self.epoch * self.steps + self.done
         tau = Temperature(options.tau_high, options.tau_low)(self.epoch / options.epochs)
         self.optimizer.zero_grad(set_to_none=True)
-        draw = self._anything() if self.warm else self.net.policy.sample(tau, self.random, options.sampling)
+        draw = self._anything() if self.warm else self._drawn(tau)
         figures = self.learn(portion, draw, done / total)
         self._check(figures.values["loss"], "loss")
         rate = self.recipe.lr * warmup_cosine(done, total, round(self.recipe.warmup * total))
@@ -177,6 +177,12 @@ class Search:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         _add(self.policy_tally, figures, 0.0)
+
+    @torch.no_grad()
+    def _drawn(self, tau: float) -> Draw:
+        """A network for the weights to learn with."""
+        draw = self.net.policy.sample(tau, self.random, self.options.sampling)
+        return self.net.policy.steady(draw) if self.options.drop_steady else draw
 
     def _anything(self) -> Draw:
         return self.net.policy.anything(self.random)

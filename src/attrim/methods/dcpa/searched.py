@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from attrim.core.plan import PruningPlan
 from attrim.core.scores import Scores
 from attrim.errors import InputError
 from attrim.methods.dcpa.attention import Kind
+from attrim.methods.dcpa.check import checked
 from attrim.methods.dcpa.derive import Derived, check_reach, repair
 from attrim.methods.dcpa.halves import halves
+from attrim.methods.dcpa.judge import Judge
 from attrim.methods.dcpa.levels import by_threshold, uniform
 from attrim.methods.dcpa.options import DcpaOptions
 from attrim.methods.dcpa.policy import Policy
@@ -59,6 +62,7 @@ class Searched:
         refused: group -> why it was not searched.
         reports: figures of every epoch.
         kind: of the policy.
+        judge: tells whether branches had better stay; None takes the policy at its word.
     """
 
     base: nn.Module
@@ -67,31 +71,44 @@ class Searched:
     refused: Mapping[str, str]
     reports: Sequence[Mapping[str, Any]]
     kind: Kind
+    judge: Judge | None = None
 
     @property
     def space(self) -> SearchSpace:
         """What was searched."""
         return self.policy.space
 
-    def derive(self, budget: Budget, *, fine: bool = True) -> Derived:
-        """The network of a budget; see :func:`attrim.methods.dcpa.derive.repair`."""
+    def derive(self, budget: Budget, *, fine: bool = True, stay: Sequence[str] = ()) -> Derived:
+        """The network of a budget by the policy alone; see :func:`attrim.methods.dcpa.derive.repair`."""
         limits = limits_of(self.space.channels.cost, budget)
         if self.kind == "uniform":
             return uniform(self.space, limits)
         with torch.no_grad():
             log_p = self.policy.log_probabilities()
             if self.space.gated:
-                return by_threshold(self.space, limits, self.scores().values, log_p[:, 1:].sum(1) - log_p[:, 0])
-            return repair(self.space, Prices(self.space, limits), log_p, limits, fine=fine)
+                return by_threshold(self.space, limits, self.scores().values, _keep(log_p), stay)
+            return repair(self.space, Prices(self.space, limits), log_p, limits, fine=fine, stay=stay)
 
     def plan(self, budget: Budget, *, fine: bool = True) -> tuple[PruningPlan, Derived]:
         """The plan of a budget, which may be another than that of the search, and how it was derived.
+
+        Branches that the policy drops are judged on held-out data first, where there is a ``judge``; see
+        :func:`attrim.methods.dcpa.check.checked`.
 
         Example:
             >>> for share in (0.3, 0.5, 0.7):
             ...     plan, _ = searched.plan(attrim.Budget(macs=share))
         """
-        derived = self.derive(budget, fine=fine)
+        if self.judge is None:
+            return self._proposal(budget, fine, ())
+        with torch.no_grad():
+            keep = _keep(self.policy.log_probabilities()).tolist()
+        found = sorted((odds, unit.branch) for odds, unit in zip(keep, self.space.units, strict=True) if unit.branch)
+        branches = [branch for _, branch in reversed(found)]
+        return checked(partial(self._proposal, budget, fine), branches, self.judge, budget, fine)
+
+    def _proposal(self, budget: Budget, fine: bool, stay: Sequence[str]) -> tuple[PruningPlan, Derived]:
+        derived = self.derive(budget, fine=fine, stay=stay)
         ranked = self.ranked
         if self.space.gated:
             ranked = {g: v.argsort(descending=True, stable=True) for g, v in self.scores().values.items()}
@@ -131,6 +148,7 @@ class Searched:
             "step": "derived", "repairs": derived.moved, "slack": derived.slack, "widths": dict(derived.kept),
             "drops": list(derived.drops), **attention(self.policy),
         }  # fmt: skip
+        end |= {} if derived.check is None else {"check": dict(derived.check)}
         return (begin, *({"step": "search", **report} for report in self.reports), end)
 
 
@@ -157,17 +175,38 @@ def search_policy(
         engine.gather(0)  # every process has looked into the folder before one of them writes there
         stages.begin()
         reports: list[dict[str, Any]] = []
+        parts = _parts(data, run, policy_data) if options.epochs else None
         if stages.has("search"):
             fill_tensors(net, stages.read("search"))
             reports = _reports(stages)
             for report in reports if run.on_epoch is not None and engine.main else ():
                 run.on_epoch(report)  # type: ignore[misc]
-        elif options.epochs:
-            reports = _learn(net, plot, data, options, run, stages, policy_data, engine)
+        elif parts is not None:
+            reports = _learn(net, plot, parts, options, run, stages, engine)
             stages.write("search", tensors_of(net))
             if stages.path("searching") is not None and engine.main:
                 Checkpoints(stages.path("searching") or "").remove()
-    return Searched(net.base, net.policy, ranked, plot.refused, reports, options.kind)
+    judge: Judge | None = None
+    if parts is not None and options.drop_check and net.policy.learns:
+        base, source = (
+            model if options.weights == "given" else net.base,
+            data if run.augmented is None else run.augmented,
+        )
+        judge = Judge(base, source, parts[1], run.loss, options.recalibrate, run.seed, stages.path("drops.json"))
+    return Searched(net.base, net.policy, ranked, plot.refused, reports, options.kind, judge)
+
+
+def _parts(data: Iterable[Any], run: GateRun, policy_data: Iterable[Any] | None) -> tuple[Iterable[Any], Iterable[Any]]:
+    """What teaches the weights, and what teaches the policy."""
+    source = data if run.augmented is None else run.augmented
+    return halves(source, run.seed) if policy_data is None else (source, check_data("dcpa", policy_data))
+
+
+def _keep(log_probabilities: Tensor) -> Tensor:
+    """Log-odds of keeping each unit's branch."""
+    if log_probabilities.shape[1] < 2:
+        return log_probabilities.sum(1)
+    return log_probabilities[:, 1:].logsumexp(1) - log_probabilities[:, 0]
 
 
 def _begin(
@@ -192,6 +231,8 @@ def _begin(
         reduction=options.reduction,
         balanced=options.balanced,
         start=options.start,
+        drop_prior=options.drop_prior,
+        drop_steady=options.drop_steady,
         seed=seed,
     )
     return SearchNet(copy.deepcopy(model), policy.to(device_of(model))), ranked, plot
@@ -207,12 +248,10 @@ def _reports(stages: Stages) -> list[dict[str, Any]]:
 
 
 def _learn(
-    net: SearchNet, plot: Plot, data: Iterable[Any], options: DcpaOptions, run: GateRun, stages: Stages,
-    policy_data: Iterable[Any] | None, engine: Engine,
+    net: SearchNet, plot: Plot, parts: tuple[Iterable[Any], Iterable[Any]], options: DcpaOptions, run: GateRun,
+    stages: Stages, engine: Engine,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train network and policy in place; returns the figures of every epoch."""
-    source = data if run.augmented is None else run.augmented
-    first, second = halves(source, run.seed) if policy_data is None else (source, check_data("dcpa", policy_data))
     folder = stages.path("searching")
     recipe = Recipe(
         epochs=max(1, options.epochs), lr=options.lr, optimizer=options.optimizer, momentum=options.momentum,
@@ -227,7 +266,7 @@ def _learn(
         net.policy.prices.to(engine.device)
         watched = Watched(plot.places, net.policy.space)
         reports = Search(
-            net, watched, Data(first, second, run.holdout), options, recipe, engine, stages.identity, run.on_epoch
+            net, watched, Data(*parts, run.holdout), options, recipe, engine, stages.identity, run.on_epoch
         ).run()
     net.to(home)
     net.policy.prices.to(home)

@@ -24,7 +24,7 @@ from attrim.recover.recalibrate import recalibrate
 from attrim.recover.recipe import Loss, Recipe
 from attrim.surgery.cut import apply
 
-__all__ = ["Fixed", "initialised", "reference", "remeasured", "train_derived"]
+__all__ = ["Fixed", "initialised", "measures", "reference", "remeasured", "train_derived"]
 
 _JUDGED = 16
 """Batches on which two references are compared."""
@@ -78,7 +78,7 @@ def reference(given: nn.Module, base: nn.Module, batches: Iterable[Any], loss: L
         loss: ``(outputs, batch) -> scalar`` instead of cross entropy.
         limit: batches for batch-norm statistics.
     """
-    if limit and any(_measures(m) for m in base.modules()):
+    if limit and any(measures(m) for m in base.modules()):
         base = recalibrate(base, batches, limit=limit)
     objective = Objective(Recipe(loss=loss), None)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -100,7 +100,8 @@ def _loss(model: nn.Module, batch: Batch, objective: Objective) -> float:
         restore_modes(modes)
 
 
-def _measures(module: nn.Module) -> bool:
+def measures(module: nn.Module) -> bool:
+    """Whether a module keeps running statistics that can be measured anew."""
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
@@ -152,7 +153,7 @@ def remeasured(base: nn.Module, supernet: Supernet, draw: Draw, batches: Iterabl
 
     Needed before inherited weights are used: during the search every batch was another network.
     """
-    if not limit or not any(_measures(m) for m in base.modules()):
+    if not limit or not any(measures(m) for m in base.modules()):
         return base
     fixed = cast(Fixed, recalibrate(Fixed(base, supernet, draw), batches, limit=limit))
     return fixed.base
