@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from attrim.errors import InputError
 from attrim.search.protocol import Proposals, Search, Start
@@ -33,7 +34,7 @@ class _Draw:
     ) -> list[Point]:
         """New points on the budget."""
         base = space.ratios(here)
-        exchange = self.shift == "chosen" and min(self.groups, len(space)) > 1
+        exchange = self.siblings > 1 and self.shift == "chosen" and min(self.groups, len(space)) > 1
         found: dict[Point, None] = {}
         draws = _DRAWS * self.count
         while draws > 0 and len(found) < self.count:
@@ -52,7 +53,12 @@ class _Draw:
         return list(found)
 
     def _anywhere(self, space: Space, base: FloatArray, delta: float, random: np.random.Generator) -> Point:
-        chosen = random.choice(len(space), size=min(self.groups, len(space)), replace=False)
+        groups = min(self.groups, len(space))
+        chosen = (
+            _from_one_on(len(space), groups, random)
+            if self.shift == "chosen"
+            else random.choice(len(space), size=groups, replace=False)
+        )
         ratios = base.copy()
         ratios[chosen] = np.clip(ratios[chosen] + random.uniform(-delta, delta, len(chosen)), 0, 1)
         return space.project(ratios, only=chosen if self.shift == "chosen" else None)
@@ -90,21 +96,21 @@ def neighbourhood_with(
     neighbours: int = 10,
     failures: int = 3,
     shift: Shift = "chosen",
-    siblings: int = 3,
+    siblings: int = 1,
 ) -> Search:
     """The search of :func:`neighbourhood` with other settings.
 
     Args:
         groups: how many groups a neighbour differs in before it is projected, >= 1.
-        shift: which groups make up for the change, so that the budget is met: those that were ``chosen`` for it, or ``all``.
-            With ``chosen``, the first of them is any group and the others come behind it and make up for it: a neighbour
-            then agrees with the present point up to there, half of the network on average, and is evaluated from there on.
+        shift: which groups make up for the change, so that the budget is met: the ``chosen`` ones alone, or ``all``. With
+            ``chosen``, the first of them is any group and the others come behind it: a neighbour then agrees with the
+            present point up to there, half of the network on average, and is evaluated from there on.
         delta: largest change of a kept fraction, in (0, 1].
         finest: the search restarts when ``delta`` falls below.
         neighbours: candidates in a batch, of which the best is taken.
         failures: batches without improvement after which ``delta`` is halved.
-        siblings: with ``chosen``, how many neighbours share the change of their first group; what they have in common is
-            evaluated once. 1 draws each on its own.
+        siblings: with ``chosen`` and more than 1, so many neighbours share the change of their first group, for which the others
+            make up; what they have in common is evaluated once, which is faster, and finds less in as many evaluations.
 
     Raises:
         InputError: a setting out of its range.
@@ -150,14 +156,21 @@ def neighbourhood_with(
 
 
 neighbourhood: Search = neighbourhood_with()
-"""Hill climbing by best improvement. A neighbour changes one group's kept fraction by up to ``delta``, and one group behind
-it such that the budget is met; the best of ten new ones, of which three at a time share the first change, replaces the present point if it is
-better. After three batches without improvement ``delta`` halves; below 0.025 the search starts anew, by turns from the best point with 30 % of its groups
-redrawn and from random ratios.
+"""Hill climbing by best improvement. A neighbour changes two groups' kept fractions by up to ``delta`` each and is
+projected on the budget by a shift of these two; the best of ten new ones replaces the present point if it is better. After
+three batches without improvement ``delta`` halves; below 0.025 the search starts anew, by turns from the best point with 30 %
+of its groups redrawn and from random ratios.
 
 Source: T. Yuan et al., ARPruning, Neural Networks 174, 2024, names a local neighbourhood search of the ratios; every detail
 here is our reading (two groups: Lin et al., ABCPruner, IJCAI 2020).
 """
+
+
+def _from_one_on(size: int, groups: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Numbers of one group, any that has enough behind it, and of others behind it."""
+    first = int(random.integers(size - groups + 1))
+    behind = random.choice(np.arange(first + 1, size), size=groups - 1, replace=False)
+    return np.concatenate([[first], behind]).astype(np.int64)
 
 
 def _redrawn(space: Space, base: Point, share: float, random: np.random.Generator) -> Point:
