@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from attrim.core.channels import Member
 
-__all__ = ["Branch", "Extent", "Kind", "Replacement", "Shortcut"]
+__all__ = ["Branch", "Extent", "Kind", "Replacement", "Shortcut", "within"]
 
 Kind = Literal["identity", "like", "zeros"]
 Shortcut = Literal["identity", "computed"]
@@ -158,3 +158,9 @@ class Branch:
             f"Branch({self.id!r}, {len(self.modules)} modules, {len(self.tensors)} tensors, shortcut {self.shortcut}"
             f"{f', gate {self.gate!r}' if self.gate else ''}{f', inside {self.inside!r}' if self.inside else ''})"
         )
+
+
+def within(name: str, paths: Collection[str]) -> bool:
+    """Whether a module or a tensor, by name, lies in one of these modules or is one of them."""
+    parts = name.split(".")
+    return bool(paths) and any(".".join(parts[:n]) in paths for n in range(1, len(parts) + 1))

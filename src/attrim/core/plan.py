@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from attrim.core.branches import Replacement
+from attrim.core.branches import Replacement, within
 from attrim.core.selection import Selection, read_selects
 from attrim.errors import PlanError
 
@@ -275,12 +275,6 @@ def _compose_selects(first: PruningPlan, second: PruningPlan) -> dict[str, Selec
         except ValueError as error:
             raise PlanError(f"these plans do not follow each other: inputs of '{path}': {error}.") from error
     return selects
-
-
-def within(name: str, paths: Collection[str]) -> bool:
-    """Whether a module or a tensor, by name, lies in one of these modules or is one of them."""
-    parts = name.split(".")
-    return bool(paths) and any(".".join(parts[:n]) in paths for n in range(1, len(parts) + 1))
 
 
 def _read_replacements(data: Any, drops: Collection[str]) -> dict[str, Replacement]:

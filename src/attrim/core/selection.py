@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from attrim.core.branches import within
+
 __all__ = ["Selection", "read_selects"]
 
 
@@ -57,8 +59,7 @@ def read_selects(data: Any, drops: Collection[str]) -> dict[str, Selection]:
             raise ValueError(f"'selects' of '{path}': expected at least one position, ascending, from 0 on")
         if type(item["dim"]) is not int or item["dim"] >= 0:
             raise ValueError(f"'selects' of '{path}': 'dim' counts from the end (-1, -2, …), found {item['dim']!r}")
-        parts = str(path).split(".")
-        if any(".".join(parts[:n]) in drops for n in range(1, len(parts) + 1)):
+        if within(str(path), drops):
             raise ValueError(f"'selects' names '{path}', which goes with 'drops'")
         found[str(path)] = Selection(item["dim"], tuple(keep.tolist()))
     return found

@@ -110,7 +110,7 @@ def neighbourhood_with(
         neighbours: candidates in a batch, of which the best is taken.
         failures: batches without improvement after which ``delta`` is halved.
         siblings: with ``chosen`` and more than 1, so many neighbours share the change of their first group, for which the others
-            make up; what they have in common is evaluated once, which is faster, and finds less in as many evaluations.
+            make up; what they have in common is run once. More found less in as many evaluations when it was measured.
 
     Raises:
         InputError: a setting out of its range.

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from attrim.methods.fast.boundary import Boundary
 from attrim.methods.fast.folding import fold, folded
 from attrim.methods.fast.recording import Key
-from attrim.methods.fast.resume import Enough, Kept, keeping, resuming
+from attrim.methods.fast.resume import Enough, Kept, Outputs, keeping, resuming
 from attrim.methods.fast.values import all_outputs
 from attrim.modules.batches import Batch, run_batch
 from attrim.recover.moments import Moments
@@ -43,8 +43,8 @@ class Candidate:
         self,
         network: nn.Module,
         where: Boundary | None,
-        calibration: Sequence[Kept],
-        held: Sequence[Kept],
+        calibration: Outputs,
+        held: Outputs,
         pairs: Sequence[tuple[str, str]],
     ) -> None:
         self.network, self.where, self.pairs = network.eval(), where, pairs
@@ -95,7 +95,7 @@ class Candidate:
         """Run one held-out batch for what is kept of it."""
         self._run(batch, self._held, number, keep)
 
-    def _run(self, batch: Batch, stored: Sequence[Kept], number: int, keep: Keep | None) -> Any:
+    def _run(self, batch: Batch, stored: Outputs, number: int, keep: Keep | None) -> Any:
         if keep is None:
             return self._resumed(batch, stored, number)
         into = keep.into(number)
@@ -105,7 +105,7 @@ class Candidate:
         except Enough:
             return None
 
-    def _resumed(self, batch: Batch, stored: Sequence[Kept], number: int) -> Any:
+    def _resumed(self, batch: Batch, stored: Outputs, number: int) -> Any:
         if self.where is None:
             return run_batch(self.network, batch)
         with resuming(self._modules, self.where, stored[number]):
@@ -157,7 +157,7 @@ class Keep:
         fragile: frozenset[Key],
         batches: int,
         known: frozenset[Key] = frozenset(),
-        before: Sequence[Kept] | None = None,
+        before: Outputs | None = None,
         enough: bool = False,
     ) -> None:
         self.wanted, self.shapes, self.fragile, self.enough = wanted, shapes, fragile, enough

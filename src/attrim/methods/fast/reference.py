@@ -11,7 +11,7 @@ import numpy as np
 from attrim.methods.fast.boundary import Boundary, boundary, changed_later
 from attrim.methods.fast.candidate import Keep
 from attrim.methods.fast.recording import Key, Recording
-from attrim.methods.fast.resume import Kept
+from attrim.methods.fast.resume import Kept, Outputs
 from attrim.search.space import Point
 
 __all__ = ["Keeping", "Layout", "Origin", "Places", "Reference"]
@@ -103,8 +103,8 @@ class Origin(Protocol):
 
     point: Point
     layout: Layout
-    calibration: Sequence[Kept]
-    held: Sequence[Kept]
+    calibration: Outputs
+    held: Outputs
 
 
 class Reference:
@@ -112,8 +112,8 @@ class Reference:
 
     def __init__(self, point: Point, layout: Layout, calibration: list[Kept], held: list[Kept]) -> None:
         self.point, self.layout = point, layout
-        self.calibration: Sequence[Kept] = calibration
-        self.held: Sequence[Kept] = held
+        self.calibration: Outputs = calibration
+        self.held: Outputs = held
 
 
 class Keeping:
@@ -136,7 +136,7 @@ class Keeping:
         return Reference(point, self._layout, self.calibration.kept, self.held.kept)
 
 
-def _keep(layout: Layout, depth: int, before: Sequence[Kept] | None, batches: int) -> Keep:
+def _keep(layout: Layout, depth: int, before: Outputs | None, batches: int) -> Keep:
     """What a run from the last of ``depth`` boundaries has to keep, beside what is known before it."""
     wanted = frozenset(key for b in layout.boundaries[depth:] for key in b.real)
     shapes = frozenset(key for b in layout.boundaries[depth:] for key in b.skipped) - wanted

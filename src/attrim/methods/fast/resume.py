@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from attrim.methods.fast.boundary import Boundary
 from attrim.methods.fast.recording import Key
 
-__all__ = ["Enough", "Kept", "Shape", "keeping", "resuming"]
+__all__ = ["Enough", "Kept", "Outputs", "Shape", "keeping", "resuming"]
 
 
 class Enough(BaseException):
@@ -37,6 +37,13 @@ class Shape:
 
 Kept = dict[Key, Any]
 """Call -> its output, with tensors or :class:`Shape` in it; for one batch."""
+
+
+class Outputs(Protocol):
+    """What was kept of each batch, by number."""
+
+    def __getitem__(self, number: int, /) -> Kept:
+        """Of one batch."""
 
 
 @contextmanager

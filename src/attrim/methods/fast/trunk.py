@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 from attrim.methods.fast.candidate import Candidate
 from attrim.methods.fast.reference import Keeping, Layout, Origin, Places
-from attrim.methods.fast.resume import Kept
+from attrim.methods.fast.resume import Kept, Outputs
 from attrim.modules.batches import Batch
 from attrim.search.space import Point
 
@@ -26,13 +25,11 @@ class Family:
         point: the trunk: the reference with the change that they share. It need not keep any budget.
         members: candidates.
         ends: for each member, the first operator at which it differs from the trunk; None if it never does.
-        saves: of runs, what they need not do twice.
     """
 
     point: Point
     members: tuple[Point, ...]
     ends: tuple[int | None, ...]
-    saves: float
 
 
 def families(places: Places, reference: Point, candidates: Sequence[Point]) -> list[Family]:
@@ -51,7 +48,7 @@ def families(places: Places, reference: Point, candidates: Sequence[Point]) -> l
         gains = [1.0 if end is None else places.share(end) for end in ends]
         saves = sum(gains) - max(gains) - (len(members) - 1) * places.share(at)
         if saves > _LEAST:
-            found.append(Family(trunk, tuple(members), ends, saves))
+            found.append(Family(trunk, tuple(members), ends))
     return found
 
 
@@ -110,40 +107,29 @@ class Trunk:
         self.point, self.layout = family.point, layout
         keeping = Keeping(layout, depth, origin, len(calibration) if candidate.norms else 0, len(held))
         keeping.calibration.enough = keeping.held.enough = True
-        folded = False
 
         def calibrated(number: int) -> None:
-            if candidate.calibrated < len(calibration):
+            if candidate.calibrated <= number:
                 candidate.calibrate(calibration, len(calibration), keeping.calibration)
 
         def judged(number: int) -> None:
-            nonlocal folded
-            if not folded:
-                calibrated(0)
+            if number == 0:
+                calibrated(len(calibration) - 1)
                 candidate.fold()
-                folded = True
             candidate.run_held(held[number], number, keeping.held)
 
-        self.calibration: Sequence[Kept] = _Lazy(keeping.calibration.kept, calibrated, whole=True)
-        self.held: Sequence[Kept] = _Lazy(keeping.held.kept, judged)
+        self.calibration: Outputs = _Lazy(keeping.calibration.kept, calibrated)
+        self.held: Outputs = _Lazy(keeping.held.kept, judged)
 
 
-class _Lazy(Sequence[Kept]):
-    """Outputs that are computed in their order, when one of them is asked for."""
+class _Lazy:
+    """Outputs that are computed in the order of the batches, when one of them is asked for."""
 
-    def __init__(self, kept: list[Kept], more: Callable[[int], None], whole: bool = False) -> None:
-        self._kept, self._more, self._whole, self._done = kept, more, whole, 0
+    def __init__(self, kept: list[Kept], compute: Callable[[int], None]) -> None:
+        self._kept, self._compute, self._done = kept, compute, 0
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    @overload
-    def __getitem__(self, number: int) -> Kept: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Kept]: ...
-    def __getitem__(self, number: int | slice) -> Kept | list[Kept]:
-        last = range(len(self._kept))[number]
-        while self._done <= (last if isinstance(last, int) else max(last, default=-1)):
-            self._more(self._done)
-            self._done = len(self._kept) if self._whole else self._done + 1
+    def __getitem__(self, number: int, /) -> Kept:
+        for missing in range(self._done, number + 1):
+            self._compute(missing)
+            self._done = missing + 1
         return self._kept[number]
